@@ -1,0 +1,48 @@
+"""Synthetic brain MRI for deep learning: ask for a cohort, get volumes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from synthbrain.cohort import draw_cohort
+    from synthbrain.dataset import SynthBrainDataset
+    from synthbrain.errors import SynthBrainError
+    from synthbrain.manifest import Manifest
+    from synthbrain.quantise import as_float
+    from synthbrain.sources.folder import FolderSource
+    from synthbrain.store import Store
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "FolderSource",
+    "Manifest",
+    "Store",
+    "SynthBrainDataset",
+    "SynthBrainError",
+    "as_float",
+    "draw_cohort",
+]
+
+_HOMES = {
+    "FolderSource": "synthbrain.sources.folder",
+    "Manifest": "synthbrain.manifest",
+    "Store": "synthbrain.store",
+    "SynthBrainDataset": "synthbrain.dataset",
+    "SynthBrainError": "synthbrain.errors",
+    "as_float": "synthbrain.quantise",
+    "draw_cohort": "synthbrain.cohort",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: torch takes a second that ``--help`` need not wait for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'synthbrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

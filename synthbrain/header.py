@@ -1,0 +1,148 @@
+"""The header of a manifest: everything about a set of volumes except its rows."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from synthbrain.errors import ManifestError
+
+SCHEMA_VERSION = 1
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+"""What a manifest may be called: it becomes a folder name."""
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=80)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Geometry(_Strict):
+    """Shape, type and place of every volume of a manifest.
+
+    ``value = stored * scale`` and ``world = affine @ (i, j, k, 1)`` in mm.
+    """
+
+    shape: tuple[int, int, int] = (160, 224, 160)
+    chunks: tuple[int, int, int] = (80, 112, 80)
+    dtype: Literal["uint8", "float16"] = "uint8"
+    scale: float = 1 / 255
+    affine: tuple[
+        tuple[float, float, float, float],
+        tuple[float, float, float, float],
+        tuple[float, float, float, float],
+        tuple[float, float, float, float],
+    ] = (
+        (-1.0, 0.0, 0.0, 80.48149871826172),
+        (0.0, 1.0, 0.0, -125.47715759277344),
+        (0.0, 0.0, 1.0, -60.55375671386719),
+        (0.0, 0.0, 0.0, 1.0),
+    )
+    orientation: str = "LAS"
+
+    @model_validator(mode="after")
+    def _chunks_divide(self) -> Geometry:
+        if any(c < 1 or s % c for s, c in zip(self.shape, self.chunks, strict=True)):
+            raise ValueError(f"chunks {self.chunks} do not divide shape {self.shape}")
+        return self
+
+
+class Licence(_Strict):
+    """Under what terms the volumes may be used, and how sure that is."""
+
+    status: Literal["stated", "unknown"]
+    name: str = ""
+    note: str = ""
+
+
+class TorrentSource(_Strict):
+    """A tar archive inside a torrent."""
+
+    kind: Literal["torrent"]
+    info_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    archive: str
+    member: str
+    """Template of a volume's path inside the archive, with ``{id}``."""
+    participants: str
+    column_aliases: dict[str, tuple[str, ...]]
+    """Accepted headers in the participants table for each column of ours."""
+    size: int
+
+
+class ParentRef(_Strict):
+    """The manifest a selection was taken from, and how."""
+
+    name: Name
+    rows_digest: Digest
+    selection: tuple[str, ...] = ()
+
+
+class Header(_Strict):
+    """Header of a manifest (``manifest.json``).
+
+    Raises
+    ------
+    ManifestError
+        From :meth:`parse`: not JSON, written by a newer schema, or with unknown, missing or
+        malformed fields; the message names the field.
+    """
+
+    schema_version: Literal[1] = 1
+    name: Name
+    version: str = "1"
+    description: str = ""
+    geometry: Geometry = Geometry()
+    conditional: bool = True
+    """Whether the covariates describe the volumes; false for unconditional sets."""
+    rows: int
+    """Number of rows; 0 while they have yet to be read from a source."""
+    rows_digest: Digest | None = None
+    content_digest: Digest | None = None
+    licence: Licence
+    citations: tuple[str, ...] = ()
+    sources: dict[str, TorrentSource] = {}
+    parent: ParentRef | None = None
+    provenance: dict[str, str] = {}
+    """Free text: how the rows came to be."""
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Header:
+        """Read a header strictly; ``where`` names the file in errors."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"{where} is not valid JSON ({error}); restore the file") from None
+        if not isinstance(fields, dict):
+            raise ManifestError(f"{where} holds {type(fields).__name__}, expected a JSON object")
+        version = fields.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise ManifestError(
+                f"{where} was written with manifest schema {version}, this version reads up to "
+                f"{SCHEMA_VERSION}; upgrade synthbrain"
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ManifestError(f"{where}: {_first_problem(error, fields)}") from None
+
+    def text(self) -> str:
+        """The header as the JSON text of ``manifest.json``."""
+        return self.model_dump_json(indent=2, exclude_defaults=False) + "\n"
+
+
+def _first_problem(error: ValidationError, fields: dict[str, Any]) -> str:
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place, Header.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown field {place!r}{hint}"
+    if problem["type"] == "missing":
+        return f"required field {place!r} is missing; found {sorted(fields)}"
+    return f"field {place!r}: {problem['msg']}, found {problem['input']!r}"

@@ -1,0 +1,505 @@
+"""From rows to volumes: store → sources by cost → generator, with write-through.
+
+:meth:`Resolver.plan` only looks; :meth:`Resolver.execute` acts on what it saw.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator as Steps
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from generation.covariates import NAMES
+from synthbrain import claims
+from synthbrain.errors import (
+    DamagedShardError,
+    GeneratorError,
+    MissingVolumeError,
+    SourceError,
+    StoreError,
+    StoreFullError,
+)
+from synthbrain.generators import identity
+from synthbrain.quantise import Array, quantise
+from synthbrain.store import Store
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from generation.generator import Generator
+    from synthbrain.manifest import Manifest
+    from synthbrain.sources.base import Source
+
+log = logging.getLogger("synthbrain")
+
+PUBLISHED = "published"
+"""Stands where a generator's identity does, for volumes that were published."""
+
+_BYTES_PER_VOXEL = 0.32
+"""Measured on T1w volumes, uint8 and zstd 1; only for estimates."""
+
+_POLL_SECONDS = 0.2
+
+
+class ReadOnlyStoreWarning(UserWarning):
+    """Volumes were made but could not be kept."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What it takes to have some rows. All index arrays count rows of the manifest.
+
+    Parameters
+    ----------
+    stored
+        Already on disk.
+    fetch
+        Rows to fetch, by source name.
+    sample
+        Rows the generator will make.
+    unavailable
+        Rows nothing here can give.
+    bytes_to_store
+        Disk the new volumes will take, estimated.
+    bytes_to_fetch
+        Bytes to transfer from sources.
+    seconds
+        Rough time for all of it.
+    bytes_free
+        Free disk where the store is.
+    """
+
+    stored: NDArray[np.int64]
+    fetch: dict[str, NDArray[np.int64]]
+    sample: NDArray[np.int64]
+    unavailable: NDArray[np.int64]
+    bytes_to_store: int
+    bytes_to_fetch: int
+    seconds: float
+    bytes_free: int
+
+    @property
+    def missing(self) -> int:
+        """Rows that are not stored and can be had."""
+        return len(self.sample) + sum(map(len, self.fetch.values()))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.stored):,} stored"]
+        lines += [f"{len(rows):,} to fetch from {name}" for name, rows in self.fetch.items()]
+        if len(self.sample):
+            lines.append(f"{len(self.sample):,} to sample")
+        if len(self.unavailable):
+            lines.append(f"{len(self.unavailable):,} not available")
+        if self.missing:
+            lines.append(f"about {_duration(self.seconds)}")
+            lines.append(f"{_size(self.bytes_to_store)} of {_size(self.bytes_free)} free disk")
+        if self.bytes_to_fetch:
+            lines.append(f"{_size(self.bytes_to_fetch)} to transfer")
+        return ", ".join(lines)
+
+
+@dataclass(eq=False)
+class Resolver:
+    """Gets the volumes of a manifest's rows, from wherever they are cheapest to have.
+
+    Parameters
+    ----------
+    manifest
+        The rows.
+    folder
+        Folder of all stores; this manifest's lies below it.
+    generator
+        Makes missing recipes; None never samples.
+    made_by
+        Identity whose stored volumes recipes are read from; the generator's by default. Without
+        a generator it is the only one in the store, and must be named if there are several.
+    sources
+        Tried before sampling, cheapest first.
+    heal
+        Make or fetch damaged volumes again; otherwise damage raises.
+    """
+
+    manifest: Manifest
+    folder: Path
+    generator: Generator | None = None
+    made_by: str | None = None
+    sources: Sequence[Source] = ()
+    heal: bool = True
+    _unwritable: bool = field(init=False, default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.manifest.require_rows()
+        if self.generator is not None:
+            if self.made_by not in (None, identity(self.generator)):
+                raise GeneratorError(
+                    f"made_by={self.made_by!r} asks for other volumes than the generator's "
+                    f"{identity(self.generator)!r}; pass generator=None to only read them"
+                )
+            self._check_generator(self.generator)
+            self.made_by = identity(self.generator)
+        elif self.made_by is None:
+            self.made_by = self._only_maker()
+
+    @cached_property
+    def recipes(self) -> Store:
+        """Store of the volumes :attr:`made_by` made."""
+        return self._store(self.made_by or "none")
+
+    @cached_property
+    def published(self) -> Store:
+        """Store of the published volumes."""
+        return self._store(PUBLISHED)
+
+    @cached_property
+    def _is_published(self) -> NDArray[np.bool_]:
+        return (self.manifest.table["origin"] == PUBLISHED).to_numpy()
+
+    def store_of(self, index: int) -> Store:
+        """The store that keeps a row's volume."""
+        return self.published if self._is_published[index] else self.recipes
+
+    def maker_of(self, index: int) -> str:
+        """What made, or would make, a row's volume."""
+        return PUBLISHED if self._is_published[index] else self.made_by or "none"
+
+    def path(self, index: int) -> Path:
+        """Shard file of a row's volume, present or not."""
+        return self.store_of(index).path(self.manifest.positions[index])
+
+    def stored(self, indices: NDArray[np.int64] | None = None) -> NDArray[np.bool_]:
+        """Which rows have a sound footer on disk."""
+        rows = np.arange(len(self.manifest)) if indices is None else indices
+        found = np.zeros(len(rows), dtype=bool)
+        for store, mask in (
+            (self.published, self._is_published[rows]),
+            (self.recipes, ~self._is_published[rows]),
+        ):
+            if mask.any():
+                found[mask] = store.stored(self.manifest.positions[rows[mask]])
+        return found
+
+    def plan(self, indices: Sequence[int] | None = None, *, unreadable: bool = False) -> Plan:
+        """What having some rows would take. Changes nothing.
+
+        Parameters
+        ----------
+        indices
+            Rows of the manifest; all by default.
+        unreadable
+            These rows are known to be unreadable, whatever their footers say.
+        """
+        rows = np.arange(len(self.manifest)) if indices is None else np.asarray(indices, np.int64)
+        here = np.zeros(len(rows), dtype=bool) if unreadable else self.stored(rows)
+        left, fetch, bytes_to_fetch, seconds = rows[~here], {}, 0, 0.0
+        for source in self._by_cost(left):
+            mine = left[self._can_give(source, left)]
+            if len(mine):
+                cost = source.cost(self._ids(mine))
+                fetch[source.name] = mine
+                bytes_to_fetch += cost.bytes
+                seconds += cost.seconds
+                left = np.setdiff1d(left, mine)
+        recipe = ~self._is_published[left] & (self.generator is not None)
+        sample, unavailable = left[recipe], left[~recipe]
+        if self.generator is not None:
+            seconds += len(sample) * self.generator.seconds_per_volume
+        new = len(sample) + sum(map(len, fetch.values()))
+        return Plan(
+            stored=rows[here],
+            fetch=fetch,
+            sample=sample,
+            unavailable=unavailable,
+            bytes_to_store=round(new * self._bytes_per_volume()),
+            bytes_to_fetch=bytes_to_fetch,
+            seconds=seconds,
+            bytes_free=_free(self.folder),
+        )
+
+    def execute(self, plan: Plan) -> Iterator[tuple[int, Array]]:
+        """Fetch and sample what a plan says, storing every volume before it is yielded.
+
+        Yields
+        ------
+        tuple
+            The row's index and its stored values, in no particular order. Rows that another
+            process turned out to be making are waited for and yielded too.
+
+        Raises
+        ------
+        MissingVolumeError
+            The plan holds rows nothing here can give.
+        StoreFullError
+            The disk is full.
+        """
+        self._refuse_unavailable(plan)
+        unfetched: list[int] = []
+        for source in self.sources:
+            if source.name in plan.fetch:
+                unfetched += yield from self._fetch(source, plan.fetch[source.name])
+        yield from self._sample([*plan.sample.tolist(), *self._samplable(unfetched)])
+
+    def fill(self, plan: Plan) -> Iterator[int]:
+        """Like :meth:`execute`, for its effect on the store: yields the row indices.
+
+        Raises
+        ------
+        StoreFullError
+            Before starting, when the disk lacks the room the plan needs.
+        StoreError
+            The store cannot be written to.
+        """
+        if plan.missing and plan.bytes_to_store > plan.bytes_free:
+            raise StoreFullError(
+                f"{plan.missing:,} volumes need about {_size(plan.bytes_to_store)}, but "
+                f"{self.folder} has {_size(plan.bytes_free)} free; free some space, choose "
+                "another folder with store= (--store, SYNTHBRAIN_HOME), or ask for fewer rows"
+            )
+        self.recipes.sweep()
+        for index, _ in self.execute(plan):
+            if self._unwritable:
+                raise StoreError(f"{self.folder} cannot be written to; choose another with store=")
+            yield index
+
+    def volumes(self, indices: Sequence[int], *, threads: Executor | None = None) -> list[Array]:
+        """The stored values of some rows, made or fetched first where missing.
+
+        Raises
+        ------
+        MissingVolumeError
+            A row is not stored and may not be made.
+        DamagedShardError
+            A shard is damaged and ``heal`` is off.
+        """
+        if len(indices) == 1:
+            found = [self._read(indices[0], threads)]
+        else:
+            found = list((threads.map if threads else map)(self._read, indices))
+        absent = [i for i, volume in zip(indices, found, strict=True) if volume is None]
+        if absent:
+            made = dict(self.execute(self.plan(sorted(set(absent)), unreadable=True)))
+            found = [made[i] if v is None else v for i, v in zip(indices, found, strict=True)]
+        return [volume for volume in found if volume is not None]
+
+    def patch(
+        self,
+        index: int,
+        start: Sequence[int],
+        size: Sequence[int],
+        *,
+        threads: Executor | None = None,
+    ) -> Array:
+        """A box of a row's volume, as :meth:`volumes`."""
+        store, position = self.store_of(index), self.manifest.positions[index]
+        try:
+            return store.read_patch(position, start, size, threads=threads)
+        except MissingVolumeError:
+            pass
+        except DamagedShardError as error:
+            self._set_aside(index, error)
+        (volume,) = self.volumes([index])
+        return volume[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]
+
+    def _read(self, index: int, threads: Executor | None = None) -> Array | None:
+        """A stored volume; None if it is missing, or was damaged and is now set aside."""
+        try:
+            return self.store_of(index).read(self.manifest.positions[index], threads=threads)
+        except MissingVolumeError:
+            return None
+        except DamagedShardError as error:
+            self._set_aside(index, error)
+            return None
+
+    def _set_aside(self, index: int, error: DamagedShardError) -> None:
+        if not self.heal:
+            raise error
+        id = self.manifest.table.index[index]
+        try:
+            bad = self.store_of(index).quarantine(self.manifest.positions[index])
+        except StoreError:
+            log.warning("volume %s is damaged (%s) and cannot be set aside", id, error)
+        else:
+            log.warning("volume %s is damaged (%s); kept as %s, made again", id, error, bad.name)
+
+    def _fetch(
+        self, source: Source, rows: NDArray[np.int64]
+    ) -> Steps[tuple[int, Array], None, list[int]]:
+        """Store and yield what a source gives; returns the rows it failed to give."""
+        left = dict(zip(self._ids(rows), rows.tolist(), strict=True))
+        try:
+            for id, volume in source.fetch(list(left), self.manifest.header.geometry):
+                index = left.pop(id)
+                self._keep(index, volume)
+                yield index, volume
+        except SourceError as error:
+            log.warning("%s failed (%s); %d rows left", source.name, error, len(left))
+        return list(left.values())
+
+    def _samplable(self, rows: list[int]) -> list[int]:
+        lost = [i for i in rows if self.generator is None or self._is_published[i]]
+        if lost:
+            id = self.manifest.table.index[lost[0]]
+            raise MissingVolumeError(
+                f"{len(lost)} rows, {id!r} first, could not be fetched; the log says why"
+            )
+        return rows
+
+    def _sample(self, rows: list[int]) -> Iterator[tuple[int, Array]]:
+        queue, waiting = deque(rows), list[int]()
+        while queue or waiting:
+            batch = self._claim_some(queue, waiting)
+            if batch:
+                yield from self._make(batch)
+                continue
+            for index in list(waiting):
+                volume = self._read(index)
+                if volume is not None:
+                    waiting.remove(index)
+                    yield index, volume
+                elif claims.is_stale(self.path(index)):
+                    waiting.remove(index)
+                    queue.append(index)
+            if waiting and not queue:
+                time.sleep(_POLL_SECONDS)
+
+    def _claim_some(self, queue: deque[int], waiting: list[int]) -> list[int]:
+        """Take up to a batch of rows nobody else is making off the queue."""
+        batch: list[int] = []
+        while queue and self.generator is not None and len(batch) < self.generator.batch_size:
+            index = queue.popleft()
+            (batch if claims.claim(self.path(index)) else waiting).append(index)
+        return batch
+
+    def _make(self, batch: list[int]) -> Iterator[tuple[int, Array]]:
+        """Sample, store and yield rows this process has claimed."""
+        assert self.generator is not None
+        with claims.held([self.path(index) for index in batch]):
+            done = {index: self._read(index) for index in batch}
+            left = [index for index, volume in done.items() if volume is None]
+            if left:
+                rows = self.manifest.table.iloc[left][[*NAMES, "seed"]]
+                volumes = self.generator.sample(rows)[:, 0].cpu().numpy()
+                for index, values in zip(left, volumes, strict=True):
+                    done[index] = self._stored_values(index, values)
+                    self._keep(index, done[index])
+        yield from ((index, volume) for index, volume in done.items() if volume is not None)
+
+    def _stored_values(self, index: int, values: Array) -> Array:
+        try:
+            return quantise(values, self.manifest.header.geometry)
+        except ValueError as error:
+            id = self.manifest.table.index[index]
+            raise GeneratorError(f"{self.made_by} made a wrong volume of {id}: {error}") from None
+
+    def _keep(self, index: int, volume: Any) -> None:
+        if self._unwritable:
+            return
+        try:
+            self.store_of(index).write(self.manifest.positions[index], volume)
+        except StoreFullError:
+            raise
+        except StoreError as error:
+            self._unwritable = True
+            warnings.warn(
+                f"volumes are served but not kept: {error}", ReadOnlyStoreWarning, stacklevel=2
+            )
+
+    def _can_give(self, source: Source, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if not len(rows):
+            return np.zeros(0, dtype=bool)
+        same_maker = np.array([self.maker_of(i) == source.made_by for i in rows], dtype=bool)
+        return same_maker & source.holds(self._ids(rows))
+
+    def _by_cost(self, rows: NDArray[np.int64]) -> list[Source]:
+        """Sources by seconds per volume over what each could give of some rows."""
+
+        def price(source: Source) -> float:
+            mine = rows[self._can_give(source, rows)]
+            return source.cost(self._ids(mine)).seconds / max(len(mine), 1)
+
+        return sorted(self.sources, key=price) if len(self.sources) > 1 else list(self.sources)
+
+    def _refuse_unavailable(self, plan: Plan) -> None:
+        if not len(plan.unavailable):
+            return
+        first = int(plan.unavailable[0])
+        id = self.manifest.table.index[first]
+        if self._is_published[first]:
+            why = "they were published, and no source given has them; pass sources=[...]"
+        else:
+            why = "generator=None never samples; run `synthbrain fill`, or pass a generator"
+        raise MissingVolumeError(
+            f"{len(plan.unavailable):,} of the volumes asked for are not in {self.folder}, "
+            f"{id!r} first: {why} (plan: {plan})"
+        )
+
+    def _check_generator(self, generator: Generator) -> None:
+        shape = self.manifest.header.geometry.shape
+        if tuple(generator.shape) != shape:
+            raise GeneratorError(
+                f"generator {generator.name!r} makes volumes of shape {tuple(generator.shape)}, "
+                f"manifest {self.manifest.name!r} holds {shape}; use another generator"
+            )
+        ignored = set(NAMES) - generator.honours
+        if ignored and self.manifest.header.conditional:
+            raise GeneratorError(
+                f"generator {generator.name!r} ignores {', '.join(sorted(ignored))}, but "
+                f"manifest {self.manifest.name!r} asks for it; use a conditional generator, or "
+                "a manifest whose header says conditional: false"
+            )
+
+    def _only_maker(self) -> str | None:
+        folder = self.folder / self.manifest.store_key
+        makers = sorted(p.parent.name for p in folder.glob("*/volumes") if p.is_dir())
+        makers = [maker for maker in makers if maker != PUBLISHED]
+        if len(makers) > 1:
+            raise GeneratorError(
+                f"{folder} holds volumes of {len(makers)} generators ({', '.join(makers)}); "
+                "say which to read with made_by="
+            )
+        return makers[0] if makers else None
+
+    def _store(self, maker: str) -> Store:
+        root = self.manifest.header.parent or self.manifest.header
+        return Store(
+            self.folder / self.manifest.store_key / maker / "volumes",
+            self.manifest.header.geometry,
+            {"manifest": root.name, "rows_digest": root.rows_digest, "made_by": maker},
+        )
+
+    def _ids(self, rows: NDArray[np.int64]) -> list[str]:
+        return self.manifest.table.index[rows].tolist()
+
+    def _bytes_per_volume(self) -> float:
+        return float(np.prod(self.manifest.header.geometry.shape)) * _BYTES_PER_VOXEL
+
+
+def _free(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

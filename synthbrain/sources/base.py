@@ -1,0 +1,60 @@
+"""What every source is: ids in, checked volumes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from synthbrain.header import Geometry
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What fetching some volumes would take."""
+
+    bytes: int
+    seconds: float
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Somewhere published volumes, or volumes a generator made, can be had.
+
+    The contract (checked by ``synthbrain.testing.check_source``):
+
+    - :meth:`holds` and :meth:`cost` change nothing and are quick;
+    - :meth:`fetch` yields only volumes that were asked for, each checked against ``geometry``
+      before it is yielded, and leaves out those it cannot give;
+    - closing the iterator stops the work.
+    """
+
+    name: str
+    """Short name for messages and progress."""
+
+    made_by: str
+    """``"published"``, or the identity of the generator whose volumes these are."""
+
+    def holds(self, ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Which of the ids it can give, ``(n,)``."""
+        ...
+
+    def cost(self, ids: Sequence[str]) -> Cost:
+        """What fetching them would take."""
+        ...
+
+    def fetch(
+        self, ids: Sequence[str], geometry: Geometry
+    ) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[Any]]]]:
+        """Yield ``(id, volume)`` with stored values (``geometry.dtype``) as they arrive.
+
+        Raises
+        ------
+        SourceError
+            A volume is not what the manifest says it is.
+        """
+        ...

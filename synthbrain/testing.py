@@ -1,0 +1,176 @@
+"""Contract tests any Generator, Source or Store must pass, and a tiny generator to test with.
+
+For use in the tests of whoever writes one::
+
+    from synthbrain.testing import check_generator
+
+    def test_my_generator():
+        check_generator(MyGenerator())
+
+Every function raises :class:`AssertionError` that says which promise was broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from generation.covariates import NAMES, conditioning
+from synthbrain.cohort import recipes
+from synthbrain.header import Geometry, Header, Licence
+from synthbrain.manifest import Manifest
+from synthbrain.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from generation.generator import Generator
+    from synthbrain.sources.base import Source
+
+TINY = Geometry(shape=(16, 24, 16), chunks=(8, 12, 8))
+"""A geometry small enough for thousands of volumes in a test."""
+
+
+class TinyGenerator:
+    """Makes recognisable volumes of any size in microseconds.
+
+    Parameters
+    ----------
+    shape
+        Voxels of a volume.
+    batch_size
+        How many rows it likes at once.
+    """
+
+    name = "tiny"
+    digest = "0123456789abcdef"
+    honours = frozenset(NAMES)
+    seconds_per_volume = 0.001
+
+    def __init__(self, shape: tuple[int, int, int] = TINY.shape, batch_size: int = 4) -> None:
+        self.shape = shape
+        self.batch_size = batch_size
+
+    def sample(self, rows: pd.DataFrame) -> torch.Tensor:
+        """Noise from each row's seed, blended with its covariates: ``(n, 1, x, y, z)``."""
+        covariates = conditioning(rows)
+        return torch.stack(
+            [
+                self._volume(int(seed), vector)
+                for seed, vector in zip(rows["seed"], covariates, strict=True)
+            ]
+        )
+
+    def _volume(self, seed: int, vector: np.ndarray) -> torch.Tensor:
+        noise = torch.rand((1, *self.shape), generator=torch.Generator().manual_seed(seed))
+        return (0.5 * noise + 0.5 * float(np.clip(vector.mean(), 0, 1))).clamp(0, 1)
+
+
+def tiny_manifest(n: int = 20, *, name: str = "tiny", seed: int = 0) -> Manifest:
+    """A manifest of ``n`` recipes with :data:`TINY` volumes and evenly drawn covariates."""
+    draw = np.random.default_rng(seed)
+    columns = {name: draw.random(n).round(6) for name in NAMES}
+    columns["sex"] = (columns["sex"] > 0.5).astype(float)
+    header = Header(name=name, geometry=TINY, rows=n, licence=Licence(status="stated", name="CC0"))
+    return Manifest.create(header, recipes(columns, stem=name, seed=seed))
+
+
+def check_generator(generator: Generator, *, tolerance: float = 1e-4) -> None:
+    """Hold a generator to its contract, on three rows.
+
+    Parameters
+    ----------
+    generator
+        The generator.
+    tolerance
+        How far the same row's voxels may differ between batches.
+    """
+    rows = tiny_manifest(3, name="contract", seed=7).table[[*NAMES, "seed"]]
+    together = generator.sample(rows)
+    expected = (3, 1, *generator.shape)
+    assert tuple(together.shape) == expected, f"shape {tuple(together.shape)}, expected {expected}"
+    assert together.dtype == torch.float32, f"type {together.dtype}, expected float32"
+    assert bool(torch.isfinite(together).all()), "values are not all finite"
+    assert float(together.min()) >= 0, f"lowest value {float(together.min())} is below 0"
+    assert float(together.max()) <= 1, f"highest value {float(together.max())} is above 1"
+    for number in reversed(range(3)):
+        alone = generator.sample(rows.iloc[[number]])[0]
+        error = float((alone - together[number]).abs().max())
+        assert error <= tolerance, f"row {number} differs by {error} when made alone"
+    reseeded = generator.sample(rows.iloc[[0]].assign(seed=[int(rows["seed"].iloc[0]) + 1]))[0]
+    assert not torch.equal(reseeded, together[0]), "another seed gives the same volume"
+    assert len(generator.digest) >= 8, "digest has fewer than 8 digits"
+    int(generator.digest, 16)
+    assert generator.honours <= set(NAMES), f"honours {generator.honours}, not all covariates"
+    assert generator.batch_size >= 1, "batch_size is below 1"
+    assert generator.seconds_per_volume > 0, "seconds_per_volume is not positive"
+
+
+def check_source(source: Source, ids: Sequence[str], geometry: Geometry) -> None:
+    """Hold a source to its contract.
+
+    Parameters
+    ----------
+    source
+        The source.
+    ids
+        Two or more ids it can give.
+    geometry
+        Geometry of the volumes.
+    """
+    stranger = "no-such-volume"
+    holds = source.holds([*ids, stranger])
+    assert holds.dtype == bool, f"holds() gives {holds.dtype}, expected bool"
+    assert holds.tolist() == [True] * len(ids) + [False], f"holds() gives {holds.tolist()}"
+    cost = source.cost(ids)
+    assert cost.bytes > 0, f"cost {cost} has no bytes"
+    assert cost.seconds > 0, f"cost {cost} has no seconds"
+    got = dict(source.fetch([*ids, stranger], geometry))
+    assert sorted(got) == sorted(ids), f"fetch() gave {sorted(got)}, asked for {sorted(ids)}"
+    for id, volume in got.items():
+        assert volume.shape == geometry.shape, f"{id} has shape {volume.shape}"
+        assert volume.dtype == np.dtype(geometry.dtype), f"{id} has type {volume.dtype}"
+    started = source.fetch(ids, geometry)
+    next(iter(started))
+    close = getattr(started, "close", None)
+    assert close is not None, "fetch() must be a generator, so that it can be closed"
+    close()
+
+
+def check_store(store: Store) -> None:
+    """Hold a store to its contract: an empty one with a writable root.
+
+    A subclass or a store on an unusual file system must pass this.
+    """
+    layout = store.layout
+    volume = np.random.default_rng(0).integers(0, 255, layout.shape).astype(layout.dtype)
+    zeros = np.zeros_like(volume)
+    assert not store.has(5), "an empty store has a volume"
+    assert store.write(5, volume), "the first write says somebody else was first"
+    assert not store.write(5, zeros), "the second write replaced a sound volume"
+    assert np.array_equal(store.read(5), volume), "a volume came back changed"
+    assert store.write(1005, zeros), "an all-zero volume was not written"
+    assert store.has(1005), "an all-zero volume counts as missing"
+    assert store.stored([5, 6, 1005]).tolist() == [True, False, True]
+    start, size = tuple(n // 4 for n in layout.shape), tuple(n // 2 for n in layout.shape)
+    box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+    assert np.array_equal(store.read_patch(5, start, size), volume[box]), "a patch differs"
+    _check_damage(store, volume)
+
+
+def _check_damage(store: Store, volume: np.ndarray) -> None:
+    path: Path = store.path(5)
+    sound = path.read_bytes()
+    path.write_bytes(sound[: len(sound) // 2])
+    assert not store.has(5), "a shard cut short counts as present"
+    path.write_bytes(sound[:10] + bytes([sound[10] ^ 1]) + sound[11:])
+    (damage,) = [d for _, d in store.verify() if d is not None]
+    assert damage.position == 5, f"verify() blames {damage.position}, volume 5 is damaged"
+    store.quarantine(5)
+    assert not store.has(5), "a quarantined volume counts as present"
+    assert store.write(5, volume), "a quarantined volume cannot be written again"
+    assert np.array_equal(store.read(5), volume), "a volume written again came back changed"
