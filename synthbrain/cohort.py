@@ -101,23 +101,24 @@ def draw_cohort(
         brain_volume=brain,
     )
     bounds = {"age": age, "ventricular_volume": ventricles, "brain_volume": brain}
-    rounded = {name: _rounded(drawn[name], bounds.get(name)) for name in NAMES}
+    drawn = {name: rounded(drawn[name], bounds.get(name)) for name in NAMES}
     stem = "".join(letter for letter in name if letter.isalnum())
-    table = recipes(rounded, stem=stem, seed=seed)
+    table = recipes(drawn, stem=stem, seed=seed)
     geometry = like.header.geometry if isinstance(like, Manifest) else Geometry()
     header = Header(
         name=name,
         description=f"{n:,} recipes drawn with synthbrain",
         geometry=geometry,
         rows=n,
-        licence=Licence(status="stated", name="CC0-1.0", note=_ROWS_NOTE),
+        licence=Licence(status="unknown", note=_LICENCE_NOTE),
         provenance={"drawn": _call(n, like, age, ventricles, brain, sex, seed)},
     )
     return Manifest.create(header, table)
 
 
-_ROWS_NOTE = (
-    "covers the rows; the terms of volumes made from them are those of the generator that made them"
+_LICENCE_NOTE = (
+    "rows drawn by whoever ran this: state a licence before publishing them; volumes made from "
+    "them carry the terms of the generator that made them"
 )
 
 
@@ -133,10 +134,10 @@ def recipes(drawn: dict[str, NDArray[Any]], *, stem: str, seed: int) -> pd.DataF
     return make_table(columns, ids)
 
 
-def _rounded(values: NDArray[Any], bounds: Range | None) -> NDArray[Any]:
-    """Rounded, but never across the bounds asked for."""
-    rounded = np.round(values, _DECIMALS)
-    return rounded if bounds is None else np.clip(rounded, *bounds)
+def rounded(values: NDArray[Any], bounds: Range | None = None) -> NDArray[Any]:
+    """Covariates as tables keep them: to six decimals, but never across the bounds asked for."""
+    kept = np.round(values, _DECIMALS)
+    return kept if bounds is None else np.clip(kept, *bounds)
 
 
 def _distribution(like: str | os.PathLike[str] | Manifest | None) -> JointDistribution:
