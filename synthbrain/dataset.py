@@ -149,7 +149,8 @@ where, ids, limit, extrapolate
         self.meta_tensor = meta_tensor
         self.seed = seed
         self._covariates = _columns(self.manifest.table, units)
-        self._ids = self.manifest.table.index.to_numpy(dtype=object)
+        # Not Python strings: counting references to them would copy every page a worker touches.
+        self._ids = self.manifest.table.index.to_numpy(dtype=np.str_)
         # Shared memory, so that set_epoch also reaches workers that are already running.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
