@@ -102,20 +102,27 @@ def conditioning(rows: pd.DataFrame) -> NDArray[np.float32]:
 
 
 def check_range(
-    name: str, bounds: tuple[float, float], *, extrapolate: bool = False, argument: str = ""
+    name: str,
+    bounds: tuple[float, float],
+    *,
+    extrapolate: bool = False,
+    argument: str = "",
+    natural: bool = False,
 ) -> tuple[float, float]:
-    """Check one normalised range and return it as two floats.
+    """Check one range of a covariate and return it normalised, as two floats.
 
     Parameters
     ----------
     name
         The covariate's name.
     bounds
-        ``(low, high)``, normalised, both ends included.
+        ``(low, high)``, both ends included.
     extrapolate
         Allow values outside [0, 1].
     argument
         What the user called it, for the error message.
+    natural
+        ``bounds`` are in the natural unit rather than normalised.
 
     Raises
     ------
@@ -133,14 +140,17 @@ def check_range(
         raise CovariateError(f"{argument} must be two finite numbers, found ({low}, {high})")
     if low > high:
         raise CovariateError(
-            f"{argument} is reversed: found ({low:g}, {high:g}), expected low <= high; "
-            f"write ({high:g}, {low:g})"
+            f"{argument} is reversed: found ({low:.10g}, {high:.10g}), expected low <= high; "
+            f"write ({high:.10g}, {low:.10g})"
         )
+    asked = f"({low:.10g}, {high:.10g})"
+    if natural:
+        low, high = by_name(name).normalise((low, high)).tolist()
     if not extrapolate and (low < 0 or high > 1):
         covariate = by_name(name)
         raise CovariateError(
-            f"{argument} ({low:.4g}, {high:.4g}) leaves the trained range [0, 1] "
-            f"({covariate.low:,.6g} to {covariate.high:,.6g} {covariate.unit}); "
+            f"{argument} {asked} leaves the trained range [0, 1] "
+            f"({covariate.low:,.10g} to {covariate.high:,.10g} {covariate.unit}); "
             "narrow it, or pass extrapolate=True (--extrapolate) to go beyond"
         )
     return low, high

@@ -17,29 +17,30 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from synthbrain.store import publish
+
 STALE_SECONDS = 120.0
 """A claim not touched for so long belongs to nobody."""
 
 _BEAT_SECONDS = 20.0
+_UNREADABLE_SECONDS = 5.0
+"""Claims are published whole: one without an owner is at most some odd file system's delay."""
 
 
 def claim(shard: Path) -> bool:
     """Try to claim a shard for this process; False if somebody else holds it."""
     path = _path(shard)
-    for _ in range(2):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
+    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            if publish(path, owner, keep=Path.exists):
+                return True
             if not is_stale(shard):
                 return False
             path.unlink(missing_ok=True)
-        except OSError:
-            return True  # a claim that cannot be written must not stop the work
-        else:
-            with os.fdopen(descriptor, "w") as file, contextlib.suppress(OSError):
-                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-            return True
+    except OSError:
+        return True  # a claim that cannot be written must not stop the work
     return False
 
 
@@ -50,18 +51,24 @@ def release(shard: Path) -> None:
 
 
 def is_stale(shard: Path) -> bool:
-    """Whether nobody holds the shard: no claim, an old one, or one of a dead local process."""
+    """Whether nobody holds the shard: no claim, an old one, or one of a dead local process.
+
+    A claim from the future is as unbelievable as an old one: some clock is wrong, and the worst
+    that disbelief can do is to make a volume twice.
+    """
     path = _path(shard)
     try:
-        age = time.time() - path.stat().st_mtime
+        age = abs(time.time() - path.stat().st_mtime)
+    except OSError:
+        return True
+    try:
         owner = json.loads(path.read_text())
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
-        return age > STALE_SECONDS  # being written, or cut short
-    if owner.get("host") == socket.gethostname() and not _alive(int(owner.get("pid", 0))):
-        return True
-    return age > STALE_SECONDS
+        dead = owner["host"] == socket.gethostname() and not _alive(int(owner["pid"]))
+    except OSError:
+        dead = False
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return age > _UNREADABLE_SECONDS
+    return dead or age > STALE_SECONDS
 
 
 @contextlib.contextmanager

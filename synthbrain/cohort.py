@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,9 +80,11 @@ def draw_cohort(
     >>> float(old.table["sex"].sum())
     5.0
     """
-    if n < 1:
-        raise UsageError(f"n must be at least 1, found {n}")
+    if not isinstance(n, Integral) or n < 1:
+        raise UsageError(f"n must be at least 1, a whole number, found {n!r}")
     check_name(name)
+    if like is not None and not isinstance(like, Manifest):
+        like = Manifest.open(like)
     age = resolve_range(
         AGE, age_range, "age_range", age_years, "age_years", extrapolate=extrapolate
     )
@@ -104,7 +107,7 @@ def draw_cohort(
     drawn = {name: rounded(drawn[name], bounds.get(name)) for name in NAMES}
     stem = "".join(letter for letter in name if letter.isalnum())
     table = recipes(drawn, stem=stem, seed=seed)
-    geometry = like.header.geometry if isinstance(like, Manifest) else Geometry()
+    geometry = like.header.geometry if like is not None else Geometry()
     header = Header(
         name=name,
         description=f"{n:,} recipes drawn with synthbrain",
@@ -140,26 +143,25 @@ def rounded(values: NDArray[Any], bounds: Range | None = None) -> NDArray[Any]:
     return kept if bounds is None else np.clip(kept, *bounds)
 
 
-def _distribution(like: str | os.PathLike[str] | Manifest | None) -> JointDistribution:
+def _distribution(like: Manifest | None) -> JointDistribution:
     from synthbrain.joint import UK_BIOBANK, JointDistribution
 
     if like is None:
         return UK_BIOBANK
-    manifest = like if isinstance(like, Manifest) else Manifest.open(like)
-    manifest.require_rows()
-    return JointDistribution.fit(manifest.table)
+    like.require_rows()
+    return JointDistribution.fit(like.table)
 
 
 def _call(
     n: int,
-    like: str | os.PathLike[str] | Manifest | None,
+    like: Manifest | None,
     age: Range | None,
     ventricles: Range | None,
     brain: Range | None,
     sex: str | float | None,
     seed: int,
 ) -> str:
-    source = like.name if isinstance(like, Manifest) else like
+    source = like.name if like is not None else None
     return (
         f"n={n}, like={source}, age={age}, ventricular_volume={ventricles}, "
         f"brain_volume={brain}, sex={sex}, seed={seed}"

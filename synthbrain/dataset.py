@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,6 +136,15 @@ where, ids, limit, extrapolate
         _one_of("representation", representation, ("image",))
         _one_of("units", units, ("normalised", "natural"))
         _one_of("dtype", dtype, tuple(_DTYPES))
+        if dtype == "uint8" and self.manifest.header.geometry.dtype != "uint8":
+            raise UsageError(
+                f"dtype must be 'float16' or 'float32' for {self.manifest.name}, whose volumes are "
+                f"not stored as bytes; found {dtype!r}"
+            )
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"seed must lie in [0, 2**64), found {seed}")
+        if isinstance(sources, (str, os.PathLike)):
+            raise UsageError(f"sources must be a list of sources and folders, found {sources!r}")
         self.resolver = Resolver(
             self.manifest,
             Path(store).expanduser() if store is not None else home() / "store",
@@ -175,6 +186,10 @@ where, ids, limit, extrapolate
         checked = [self._checked(index) for index in indices]
         images = self._images(checked)
         return [self._sample(i, image) for i, image in zip(checked, images, strict=True)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # a pickled copy has workers of its own
 
     def __repr__(self) -> str:
         made_by = self.resolver.made_by
@@ -230,7 +245,7 @@ where, ids, limit, extrapolate
         Parameters
         ----------
         device
-            Move images there before casting.
+            Move images there, before casting.
         options
             Passed to :class:`torch.utils.data.DataLoader`.
 
@@ -240,16 +255,18 @@ where, ids, limit, extrapolate
             Batches equal those of a plain DataLoader, several times faster with workers. With a
             ``transform``, which needs floats, nothing is gained and nothing is changed.
         """
-        if self.transform is not None or self.meta_tensor or self.dtype != "float32":
-            return DataLoader(self, **options)
-        scale = self.manifest.header.geometry.scale
-        return _CastingLoader(_with_dtype(self, "uint8"), scale, device, **options)
+        geometry = self.manifest.header.geometry
+        floats = self.transform is not None or self.meta_tensor or self.dtype != "float32"
+        if floats or geometry.dtype != "uint8":
+            return _ConvertingLoader(self, operator.methodcaller("to", device), **options)
+        cast = partial(as_float, device=device, scale=geometry.scale)
+        return _ConvertingLoader(_with_dtype(self, "uint8"), cast, **options)
 
     def _checked(self, index: int) -> int:
-        size = len(self)
+        size, index = len(self), operator.index(index)
         if not -size <= index < size:
             raise IndexError(f"row {index} of a dataset with {size} rows")
-        return int(index) % size
+        return index % size
 
     def _images(self, indices: list[int]) -> list[tuple[Array, Array | None]]:
         """Stored values of each row, and where its patch starts."""
@@ -258,25 +275,9 @@ where, ids, limit, extrapolate
             volumes = self.resolver.volumes(indices, threads=pool)
             return [(volume, None) for volume in volumes]
         starts = [self._patch_start(index) for index in indices]
-        if len(indices) == 1:
-            (index,), (start,) = indices, starts
-            patch = self.resolver.patch(index, start.tolist(), self.patch_size, threads=pool)
-            return [(patch, start)]
-        self._make_missing(indices)
-
-        def read(job: tuple[int, Array]) -> Array:
-            return self.resolver.patch(job[0], job[1].tolist(), self.patch_size or ())
-
-        jobs = zip(indices, starts, strict=True)
-        patches = (pool.map if pool else map)(read, jobs)
+        corners = [start.tolist() for start in starts]
+        patches = self.resolver.patches(indices, corners, self.patch_size, threads=pool)
         return list(zip(patches, starts, strict=True))
-
-    def _make_missing(self, indices: list[int]) -> None:
-        rows = np.array(sorted(set(indices)))
-        missing = rows[~self.resolver.stored(rows)]
-        if len(missing):
-            for _ in self.resolver.execute(self.resolver.plan(missing.tolist())):
-                pass
 
     def _patch_start(self, index: int) -> Array:
         assert self.patch_size is not None
@@ -310,23 +311,22 @@ where, ids, limit, extrapolate
         return MetaTensor(tensor, affine=torch.from_numpy(affine))
 
 
-class _CastingLoader(DataLoader[Any]):
-    """Casts the ``image`` of every batch from bytes to float32."""
+class _ConvertingLoader(DataLoader[Any]):
+    """Converts the ``image`` of every batch after it has crossed from the workers."""
 
     def __init__(
         self,
         dataset: SynthBrainDataset,
-        scale: float,
-        device: torch.device | str | None,
+        convert: Callable[[torch.Tensor], torch.Tensor],
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
-        self._cast = (device, scale)
+        self._convert = convert
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, Mapping) and torch.is_tensor(batch.get("image")):
-                yield {**batch, "image": as_float(batch["image"], *self._cast)}
+                yield {**batch, "image": self._convert(batch["image"])}
             else:
                 yield batch
 
@@ -369,15 +369,20 @@ def _columns(table: pd.DataFrame, units: str) -> dict[str, Array]:
 
 
 def _as_source(source: Source | str | os.PathLike[str]) -> Source:
-    return FolderSource(source) if isinstance(source, (str, Path)) else source  # type: ignore[return-value]
+    return FolderSource(Path(source)) if isinstance(source, (str, os.PathLike)) else source
 
 
 def _patch_size(size: Sequence[int] | int | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     if size is None:
         return None
-    sizes = (size,) * 3 if isinstance(size, int) else tuple(int(n) for n in size)
+    try:
+        sizes = tuple(map(operator.index, size if isinstance(size, Iterable) else (size,) * 3))
+    except TypeError:
+        raise UsageError(
+            f"patch_size must be three numbers from 1 to {shape}, found {size!r}"
+        ) from None
     if len(sizes) != 3 or any(not 1 <= n <= full for n, full in zip(sizes, shape, strict=True)):
-        raise UsageError(f"patch_size {sizes} must be three numbers from 1 to {shape}")
+        raise UsageError(f"patch_size must be three numbers from 1 to {shape}, found {sizes}")
     return sizes
 
 

@@ -15,7 +15,9 @@ SCHEMA_VERSION = 1
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 """What a manifest may be called: it becomes a folder name."""
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=80)]
+NAME_LENGTH = 80
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -32,7 +34,7 @@ class Geometry(_Strict):
     shape: tuple[int, int, int] = (160, 224, 160)
     chunks: tuple[int, int, int] = (80, 112, 80)
     dtype: Literal["uint8", "float16"] = "uint8"
-    scale: float = 1 / 255
+    scale: Annotated[float, Field(gt=0)] = 1 / 255
     affine: tuple[
         tuple[float, float, float, float],
         tuple[float, float, float, float],
@@ -48,7 +50,7 @@ class Geometry(_Strict):
 
     @model_validator(mode="after")
     def _chunks_divide(self) -> Geometry:
-        if any(c < 1 or s % c for s, c in zip(self.shape, self.chunks, strict=True)):
+        if any(c < 1 or s < c or s % c for s, c in zip(self.shape, self.chunks, strict=True)):
             raise ValueError(f"chunks {self.chunks} do not divide shape {self.shape}")
         return self
 
@@ -100,7 +102,7 @@ class Header(_Strict):
     geometry: Geometry = Geometry()
     conditional: bool = True
     """Whether the covariates describe the volumes; false for unconditional sets."""
-    rows: int
+    rows: Annotated[int, Field(ge=0)]
     """Number of rows; 0 while they have yet to be read from a source."""
     rows_digest: Digest | None = None
     content_digest: Digest | None = None

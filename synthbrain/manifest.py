@@ -6,13 +6,16 @@ and ``rows.parquet`` (:mod:`synthbrain.rows`). A cohort is a manifest somebody s
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +31,7 @@ from generation.covariates import (
     parse_sex,
 )
 from synthbrain.errors import ManifestError, UsageError
-from synthbrain.header import NAME_PATTERN, Header, ParentRef
+from synthbrain.header import NAME_LENGTH, NAME_PATTERN, Header, ParentRef
 from synthbrain.home import home
 from synthbrain.rows import COLUMNS, digest_contents, digest_rows, read_rows, write_rows
 
@@ -227,14 +230,16 @@ class Manifest:
             keep &= self._query(where)
             conditions.append(where)
         if ids is not None:
+            if isinstance(ids, str):
+                raise UsageError(f"ids must be a list of ids, found {ids!r}; write [{ids!r}]")
             keep &= self._known_ids(list(ids))
             conditions.append("ids")
         chosen = np.flatnonzero(keep)
         if len(chosen) == 0:
             raise UsageError(self._nothing_left(conditions))
         if limit is not None:
-            if limit < 1:
-                raise UsageError(f"limit must be at least 1, found {limit}")
+            if not isinstance(limit, Integral) or limit < 1:
+                raise UsageError(f"limit must be at least 1, a whole number, found {limit!r}")
             chosen = chosen[:limit]
             conditions.append(f"first {limit}")
         return self._take(chosen, tuple(conditions)) if conditions else self
@@ -264,16 +269,18 @@ class Manifest:
         folder = Path(path).absolute() if path is not None else home() / "cohorts" / self.name
         name = check_name(folder.name)
         replaceable = overwrite and (folder / "manifest.json").exists()
-        if folder.exists() and any(folder.iterdir()) and not replaceable:
+        occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+        if occupied and not replaceable:
             raise UsageError(f"{folder} already exists; choose another folder or overwrite it")
         # A root's name is part of its store's path, so renaming one would lose its volumes.
         header = self.header.model_copy(update={"name": name} if self.header.parent else {})
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+        scratch = folder.with_name(f".{name}.{secrets.token_hex(4)}")
+        scratch.mkdir()  # not mkdtemp, whose folders nobody else may read
         try:
             positions = self.positions if self.header.parent else None
             write_rows(scratch / "rows.parquet", self.table, positions, self.sha256)
-            (scratch / "manifest.json").write_text(header.text())
+            (scratch / "manifest.json").write_text(header.text(), encoding="utf-8")
             _swap_in(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -300,8 +307,10 @@ class Manifest:
         known = sorted(self.table["split"].unique())
         for name in wanted:
             if name not in known:
+                near = difflib.get_close_matches(str(name).lower(), known, n=1)
                 raise UsageError(
                     f"{self.name} has no split {name!r}; it has {', '.join(map(repr, known))}"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
                 )
         return wanted
 
@@ -327,9 +336,9 @@ class Manifest:
                 f"where={where!r} is not a query over the rows ({error}); "
                 f"columns are {', '.join(table.columns)}"
             ) from None
-        if not (isinstance(keep, pd.Series) and keep.dtype == bool):
+        if not (isinstance(keep, pd.Series) and pd.api.types.is_bool_dtype(keep.dtype)):
             raise UsageError(f"where={where!r} must be a condition, such as 'age_years > 70'")
-        return keep.to_numpy()
+        return keep.to_numpy(dtype=bool, na_value=False)
 
     def _nothing_left(self, conditions: list[str]) -> str:
         spans = ", ".join(
@@ -350,10 +359,10 @@ def check_name(name: str) -> str:
     UsageError
         It cannot.
     """
-    if not re.match(NAME_PATTERN, name):
+    if not re.fullmatch(NAME_PATTERN, name) or len(name) > NAME_LENGTH:
         raise UsageError(
-            f"{name!r} cannot name a manifest: use lower-case letters, digits, '.', '_' and '-', "
-            "a letter or digit first"
+            f"{name!r} cannot name a manifest: use up to {NAME_LENGTH} lower-case letters, "
+            "digits, '.', '_' and '-', a letter or digit first"
         )
     return name
 
@@ -374,14 +383,8 @@ def resolve_range(
         return check_range(covariate.name, normalised, extrapolate=extrapolate, argument=argument)
     if normalised is not None:
         raise UsageError(f"give {argument} or {natural_argument}, not both")
-    try:
-        low, high = (float(covariate.normalise(bound)) for bound in natural)
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"{natural_argument} must be two numbers (low, high), found {natural!r}"
-        ) from None
     return check_range(
-        covariate.name, (low, high), extrapolate=extrapolate, argument=natural_argument
+        covariate.name, natural, extrapolate=extrapolate, argument=natural_argument, natural=True
     )
 
 
@@ -403,7 +406,7 @@ def _shipped() -> Path:
 
 def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_path)
-    if re.match(NAME_PATTERN, text):
+    if re.fullmatch(NAME_PATTERN, text):
         for folder in (_shipped() / text, home() / "cohorts" / text):
             if (folder / "manifest.json").is_file():
                 return folder

@@ -34,7 +34,7 @@ def quantise(values: Array, geometry: Geometry) -> Array:
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(f"intensities must lie in [0, 1], found {low:.4g} to {high:.4g}")
     if geometry.dtype != "uint8":
-        return values.astype(geometry.dtype)
+        return np.clip(values, 0, 1).astype(geometry.dtype)
     scaled = np.multiply(values, np.float32(1 / geometry.scale), dtype=np.float32)
     scaled += np.float32(0.5)
     return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)

@@ -29,6 +29,7 @@ from synthbrain.errors import (
     SourceError,
     StoreError,
     StoreFullError,
+    UsageError,
 )
 from synthbrain.generators import identity
 from synthbrain.quantise import Array, quantise
@@ -140,6 +141,9 @@ class Resolver:
 
     def __post_init__(self) -> None:
         self.manifest.require_rows()
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise UsageError(f"sources must have different names, found {', '.join(names)}")
         if self.generator is not None:
             if self.made_by not in (None, identity(self.generator)):
                 raise GeneratorError(
@@ -247,7 +251,13 @@ class Resolver:
         for source in self.sources:
             if source.name in plan.fetch:
                 unfetched += yield from self._fetch(source, plan.fetch[source.name])
-        yield from self._sample([*plan.sample.tolist(), *self._samplable(unfetched)])
+        lost = [i for i in unfetched if self.generator is None or self._is_published[i]]
+        yield from self._sample([*plan.sample.tolist(), *np.setdiff1d(unfetched, lost).tolist()])
+        if lost:
+            raise MissingVolumeError(
+                f"{len(lost)} rows, {self.manifest.table.index[lost[0]]!r} first, could not be "
+                "fetched; the log says why"
+            )
 
     def fill(self, plan: Plan) -> Iterator[int]:
         """Like :meth:`execute`, for its effect on the store: yields the row indices.
@@ -265,7 +275,9 @@ class Resolver:
                 f"{self.folder} has {_size(plan.bytes_free)} free; free some space, choose "
                 "another folder with store= (--store, SYNTHBRAIN_HOME), or ask for fewer rows"
             )
-        self.recipes.sweep()
+        self._unwritable = False  # it may be writable by now
+        for store in (self.recipes, self.published):
+            store.sweep()
         for index, _ in self.execute(plan):
             if self._unwritable:
                 raise StoreError(f"{self.folder} cannot be written to; choose another with store=")
@@ -282,38 +294,51 @@ class Resolver:
             A shard is damaged and ``heal`` is off.
         """
         if len(indices) == 1:
-            found = [self._read(indices[0], threads)]
+            found = [self._read(indices[0], threads=threads)]
         else:
             found = list((threads.map if threads else map)(self._read, indices))
-        absent = [i for i, volume in zip(indices, found, strict=True) if volume is None]
-        if absent:
-            made = dict(self.execute(self.plan(sorted(set(absent)), unreadable=True)))
-            found = [made[i] if v is None else v for i, v in zip(indices, found, strict=True)]
-        return [volume for volume in found if volume is not None]
+        made = self._made(indices, found)
+        return [made[i].copy() if v is None else v for i, v in zip(indices, found, strict=True)]
 
-    def patch(
+    def patches(
         self,
-        index: int,
-        start: Sequence[int],
+        indices: Sequence[int],
+        starts: Sequence[Sequence[int]],
         size: Sequence[int],
         *,
         threads: Executor | None = None,
-    ) -> Array:
-        """A box of a row's volume, as :meth:`volumes`."""
+    ) -> list[Array]:
+        """A box of each row's volume, as :meth:`volumes`."""
+        boxes = [tuple(slice(s, s + n) for s, n in zip(at, size, strict=True)) for at in starts]
+        if len(indices) == 1:
+            found = [self._read(indices[0], boxes[0], threads=threads)]
+        else:
+            found = list((threads.map if threads else map)(self._read, indices, boxes))
+        made = self._made(indices, found)
+        jobs = zip(indices, boxes, found, strict=True)
+        return [made[i][box].copy() if patch is None else patch for i, box, patch in jobs]
+
+    def _made(self, indices: Sequence[int], found: list[Array | None]) -> dict[int, Array]:
+        """The volumes of the rows not found, fetched or sampled together."""
+        absent = {i for i, array in zip(indices, found, strict=True) if array is None}
+        if not absent:
+            return {}
+        return dict(self.execute(self.plan(sorted(absent), unreadable=True)))
+
+    def _read(
+        self,
+        index: int,
+        box: tuple[slice, ...] | None = None,
+        *,
+        threads: Executor | None = None,
+    ) -> Array | None:
+        """A stored volume or a box of it; None if missing, or damaged and now set aside."""
         store, position = self.store_of(index), self.manifest.positions[index]
         try:
+            if box is None:
+                return store.read(position, threads=threads)
+            start, size = [b.start for b in box], [b.stop - b.start for b in box]
             return store.read_patch(position, start, size, threads=threads)
-        except MissingVolumeError:
-            pass
-        except DamagedShardError as error:
-            self._set_aside(index, error)
-        (volume,) = self.volumes([index])
-        return volume[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]
-
-    def _read(self, index: int, threads: Executor | None = None) -> Array | None:
-        """A stored volume; None if it is missing, or was damaged and is now set aside."""
-        try:
-            return self.store_of(index).read(self.manifest.positions[index], threads=threads)
         except MissingVolumeError:
             return None
         except DamagedShardError as error:
@@ -345,15 +370,6 @@ class Resolver:
             log.warning("%s failed (%s); %d rows left", source.name, error, len(left))
         return list(left.values())
 
-    def _samplable(self, rows: list[int]) -> list[int]:
-        lost = [i for i in rows if self.generator is None or self._is_published[i]]
-        if lost:
-            id = self.manifest.table.index[lost[0]]
-            raise MissingVolumeError(
-                f"{len(lost)} rows, {id!r} first, could not be fetched; the log says why"
-            )
-        return rows
-
     def _sample(self, rows: list[int]) -> Iterator[tuple[int, Array]]:
         queue, waiting = deque(rows), list[int]()
         while queue or waiting:
@@ -382,17 +398,27 @@ class Resolver:
 
     def _make(self, batch: list[int]) -> Iterator[tuple[int, Array]]:
         """Sample, store and yield rows this process has claimed."""
-        assert self.generator is not None
         with claims.held([self.path(index) for index in batch]):
             done = {index: self._read(index) for index in batch}
             left = [index for index, volume in done.items() if volume is None]
             if left:
-                rows = self.manifest.table.iloc[left][[*NAMES, "seed"]]
-                volumes = self.generator.sample(rows)[:, 0].cpu().numpy()
-                for index, values in zip(left, volumes, strict=True):
+                for index, values in zip(left, self._sampled(left), strict=True):
                     done[index] = self._stored_values(index, values)
                     self._keep(index, done[index])
         yield from ((index, volume) for index, volume in done.items() if volume is not None)
+
+    def _sampled(self, indices: list[int]) -> Array:
+        """What the generator makes of some rows, ``(n, x, y, z)``."""
+        assert self.generator is not None
+        rows = self.manifest.table.iloc[indices][[*NAMES, "seed"]]
+        volumes = self.generator.sample(rows)
+        expected = (len(rows), 1, *self.manifest.header.geometry.shape)
+        if tuple(volumes.shape) != expected:
+            raise GeneratorError(
+                f"{self.made_by} gave an array of shape {tuple(volumes.shape)} for {len(rows)} "
+                f"rows, expected {expected}; check it with synthbrain.testing.check_generator"
+            )
+        return volumes[:, 0].detach().float().cpu().numpy()
 
     def _stored_values(self, index: int, values: Array) -> Array:
         try:

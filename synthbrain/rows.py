@@ -36,7 +36,7 @@ POSITION = "position"
 SHA256 = "sha256"
 """Extra column once contents are known: sha256 of each volume's shard, or missing."""
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _SPLITS = ((0.8, "train"), (0.9, "validation"), (1.0, "test"))
 
 
@@ -70,8 +70,8 @@ def check_table(table: pd.DataFrame, where: str) -> None:
     Raises
     ------
     ManifestError
-        A column is missing, an id repeats or is not a plain word, a covariate is not finite, a
-        recipe has no seed, or an origin is unknown.
+        A column is missing, an id repeats, an id or a split is not a plain word, a covariate is
+        not finite, a recipe has no seed, or an origin is unknown.
     """
     absent = [name for name in COLUMNS if name not in table.columns]
     if absent:
@@ -84,9 +84,12 @@ def check_table(table: pd.DataFrame, where: str) -> None:
         raise ManifestError(f"{where}: {error}") from None
     if table.index.has_duplicates:
         raise ManifestError(f"{where}: id {table.index[table.index.duplicated()][0]!r} repeats")
-    odd = next((id for id in table.index if not _ID.fullmatch(id)), None)
-    if odd is not None:
-        raise ManifestError(f"{where}: id {odd!r} is not made of letters, digits, '-' and '_' only")
+    for what, words in (("id", table.index), ("split", table["split"].unique())):
+        odd = [word for word in words if not (isinstance(word, str) and _WORD.fullmatch(word))]
+        if odd:
+            raise ManifestError(
+                f"{where}: {what} {odd[0]!r} is not made of letters, digits, '-' and '_' only"
+            )
     strange = set(table["origin"].unique()) - set(ORIGINS)
     if strange:
         raise ManifestError(
@@ -140,7 +143,7 @@ def read_rows(path: Path) -> tuple[pd.DataFrame, NDArray[np.uint32] | None, pd.S
         raise ManifestError(
             f"{path}: expected the columns id, {', '.join(COLUMNS)}; found {list(raw.columns)}"
         )
-    positions = raw.pop(POSITION).to_numpy(dtype=np.uint32) if POSITION in raw else None
+    positions = _positions(raw.pop(POSITION), path) if POSITION in raw else None
     sha256 = raw.pop(SHA256) if SHA256 in raw else None
     ids = raw.pop("id")
     try:
@@ -150,6 +153,12 @@ def read_rows(path: Path) -> tuple[pd.DataFrame, NDArray[np.uint32] | None, pd.S
     except (TypeError, ValueError) as error:
         raise ManifestError(f"{path}: {error}") from None
     return table, positions, sha256
+
+
+def _positions(column: pd.Series[Any], path: Path) -> NDArray[np.uint32]:
+    if column.dtype != np.uint32 or column.duplicated().any():
+        raise ManifestError(f"{path}: positions must be uint32 and unique, found {column.dtype}")
+    return column.to_numpy()
 
 
 def write_rows(

@@ -246,12 +246,10 @@ class ShardLayout:
             return np.zeros(self.chunks, self.dtype)
         offset, size = extent
         body = _unseal(_pread(descriptor, size, offset))
-        chunk = np.empty(self.chunks, self.dtype)
         try:
-            zstd.decompress(body, chunk.reshape(-1).view(np.uint8))
+            return np.frombuffer(zstd.decompress(body), self.dtype).reshape(self.chunks)
         except (RuntimeError, ValueError) as error:
-            raise DamagedShardError(f"chunk does not decompress ({error})") from error
-        return chunk
+            raise DamagedShardError(f"chunk does not decode ({error})") from error
 
 
 def _seal(data: bytes) -> bytes:
@@ -267,7 +265,10 @@ def _unseal(data: bytes) -> bytes:
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
+    try:
+        data = os.pread(descriptor, size, offset)
+    except OSError as error:  # a bad sector is damage like any other
+        raise DamagedShardError(f"cannot be read at {offset}: {error.strerror}") from error
     if len(data) != size:
         raise DamagedShardError(f"read {len(data)} of {size} bytes at {offset}: cut short")
     return data

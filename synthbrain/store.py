@@ -11,10 +11,12 @@ needs a lock to be correct (claims, in :mod:`synthbrain.claims`, only save work)
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import time
@@ -137,13 +139,8 @@ class Store:
         GeometryError
             The block holds volumes of another geometry.
         """
-        self._check_block(int(position) // BLOCK)
-        try:
-            return self.layout.read(self.path(position), out=out, threads=threads)
-        except FileNotFoundError:
-            raise self._missing(position) from None
-        except DamagedShardError as error:
-            raise DamagedShardError(f"{self.path(position)}: {error}") from error
+        with self._reading(position) as path:
+            return self.layout.read(path, out=out, threads=threads)
 
     def read_patch(
         self,
@@ -158,13 +155,8 @@ class Store:
         Parameters and errors as in :meth:`synthbrain.shard.ShardLayout.read_patch` and
         :meth:`read`.
         """
-        self._check_block(int(position) // BLOCK)
-        try:
-            return self.layout.read_patch(self.path(position), start, size, threads=threads)
-        except FileNotFoundError:
-            raise self._missing(position) from None
-        except DamagedShardError as error:
-            raise DamagedShardError(f"{self.path(position)}: {error}") from error
+        with self._reading(position) as path:
+            return self.layout.read_patch(path, start, size, threads=threads)
 
     def write(self, position: int, volume: Array) -> bool:
         """Store a volume, unless a valid one is already there.
@@ -194,7 +186,7 @@ class Store:
         path = self.path(position)
         try:
             self._open_block(int(position) // BLOCK)
-            return _publish(path, shard, keep=self.layout.check)
+            return publish(path, shard, keep=self.layout.check)
         except OSError as error:
             raise self._explain(error, path, len(shard)) from error
 
@@ -229,6 +221,11 @@ class Store:
         ------
         tuple
             The position, and the damage or None.
+
+        Raises
+        ------
+        GeometryError, StoreError
+            A block's ``zarr.json`` is of another geometry or unreadable: its volumes may be sound.
         """
         for position in self.positions() if positions is None else positions:
             path = self.path(position)
@@ -237,28 +234,22 @@ class Store:
                 self.layout.read(path)
             except FileNotFoundError:
                 continue
-            except (DamagedShardError, GeometryError) as error:
+            except DamagedShardError as error:
                 yield int(position), Damage(int(position), path, str(error))
             else:
                 yield int(position), None
 
     def positions(self) -> list[int]:
         """Positions of all shard files, sound or not, ascending."""
-        found = []
-        for folder in sorted(self.root.glob("block-*")):
-            block = int(folder.name.removeprefix("block-"))
-            tail = ".0" * len(self.layout.shape)
-            found += [
-                block * BLOCK + int(name[2 : -len(tail)])
-                for name in _listing(folder)
-                if name.startswith("c.") and name.endswith(tail)
-            ]
-        return sorted(found)
+        shard = re.compile(r"block-(\d+)/c\.(\d+)" + r"\.0" * len(self.layout.shape))
+        files = (f"{path.parent.name}/{path.name}" for path in self.root.glob("block-*/c.*"))
+        matches = filter(None, map(shard.fullmatch, files))
+        return sorted(int(match[1]) * BLOCK + int(match[2]) for match in matches)
 
     def sweep(self, older_than: float = STALE_SECONDS) -> int:
         """Delete what killed writers left behind; returns how many files."""
         swept = 0
-        for path in self.root.glob("block-*/.*.partial"):
+        for path in (*self.root.glob("block-*/.*.partial"), *self.root.glob("block-*/*.claim")):
             try:
                 if time.time() - path.stat().st_mtime > older_than:
                     path.unlink()
@@ -267,8 +258,19 @@ class Store:
                 continue
         return swept
 
-    def _missing(self, position: int) -> MissingVolumeError:
-        return MissingVolumeError(f"volume {position} is not in {self.root}")
+    @contextlib.contextmanager
+    def _reading(self, position: int) -> Iterator[Path]:
+        """The shard's path; what goes wrong with it in the body is told in the store's words."""
+        self._check_block(int(position) // BLOCK)
+        path = self.path(position)
+        try:
+            yield path
+        except FileNotFoundError:
+            raise MissingVolumeError(f"volume {position} is not in {self.root}") from None
+        except DamagedShardError as error:
+            raise DamagedShardError(f"{path}: {error}") from error
+        except OSError as error:
+            raise StoreError(error.errno, f"cannot read {path}: {error.strerror}") from error
 
     def _check_block(self, block: int) -> None:
         """Once per block and process: the block on disk has this store's geometry."""
@@ -277,7 +279,7 @@ class Store:
         path = self.block_path(block) / "zarr.json"
         try:
             found = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValueError) as error:
             raise StoreError(
@@ -293,12 +295,11 @@ class Store:
         self._ready.add(block)
 
     def _open_block(self, block: int) -> None:
-        self._check_block(block)
-        if block not in self._ready:
-            path = self.block_path(block) / "zarr.json"
+        path = self.block_path(block) / "zarr.json"
+        if not path.exists():  # also when the store was deleted under a running process
             path.parent.mkdir(parents=True, exist_ok=True)
-            _publish(path, json.dumps(self.metadata(), indent=2).encode(), keep=Path.exists)
-            self._check_block(block)
+            publish(path, json.dumps(self.metadata(), indent=2).encode(), keep=Path.exists)
+        self._check_block(block)
 
     def metadata(self) -> dict[str, Any]:
         """The ``zarr.json`` of a block."""
@@ -353,7 +354,7 @@ class Store:
         return StoreError(error.errno, f"cannot write {path}: {error.strerror or error}")
 
 
-def _publish(path: Path, data: bytes, *, keep: Any) -> bool:
+def publish(path: Path, data: bytes, *, keep: Any) -> bool:
     """Give ``data`` the name ``path`` in one step, unless ``keep(path)`` accepts what is there."""
     if keep(path):
         return False
@@ -384,7 +385,7 @@ def _link(scratch: Path, path: Path, keep: Any) -> bool:
 def _listing(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 
@@ -396,4 +397,4 @@ def _endian(dtype: str) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 400 else text[:397] + "..."

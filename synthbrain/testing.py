@@ -12,6 +12,7 @@ Every function raises :class:`AssertionError` that says which promise was broken
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from generation.generator import Generator
     from synthbrain.sources.base import Source
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 TINY = Geometry(shape=(16, 24, 16), chunks=(8, 12, 8))
 """A geometry small enough for thousands of volumes in a test."""
@@ -104,7 +107,8 @@ def check_generator(generator: Generator, *, tolerance: float = 1e-4) -> None:
     reseeded = generator.sample(rows.iloc[[0]].assign(seed=[int(rows["seed"].iloc[0]) + 1]))[0]
     assert not torch.equal(reseeded, together[0]), "another seed gives the same volume"
     assert len(generator.digest) >= 8, "digest has fewer than 8 digits"
-    int(generator.digest, 16)
+    assert set(generator.digest) <= set("0123456789abcdef"), "digest is not hexadecimal"
+    assert _NAME.fullmatch(generator.name), f"name {generator.name!r} cannot name a folder"
     assert generator.honours <= set(NAMES), f"honours {generator.honours}, not all covariates"
     assert generator.batch_size >= 1, "batch_size is below 1"
     assert generator.seconds_per_volume > 0, "seconds_per_volume is not positive"
@@ -124,14 +128,16 @@ def check_source(source: Source, ids: Sequence[str], geometry: Geometry) -> None
     """
     stranger = "no-such-volume"
     holds = source.holds([*ids, stranger])
+    assert isinstance(holds, np.ndarray), f"holds() gives {type(holds)}, expected a bool array"
     assert holds.dtype == bool, f"holds() gives {holds.dtype}, expected bool"
     assert holds.tolist() == [True] * len(ids) + [False], f"holds() gives {holds.tolist()}"
     cost = source.cost(ids)
     assert cost.bytes > 0, f"cost {cost} has no bytes"
     assert cost.seconds > 0, f"cost {cost} has no seconds"
-    got = dict(source.fetch([*ids, stranger], geometry))
-    assert sorted(got) == sorted(ids), f"fetch() gave {sorted(got)}, asked for {sorted(ids)}"
-    for id, volume in got.items():
+    got = list(source.fetch([*ids, stranger], geometry))
+    given = sorted(id for id, _ in got)
+    assert given == sorted(ids), f"fetch() gave {given}, asked for {sorted(ids)}"
+    for id, volume in got:
         assert volume.shape == geometry.shape, f"{id} has shape {volume.shape}"
         assert volume.dtype == np.dtype(geometry.dtype), f"{id} has type {volume.dtype}"
     started = source.fetch(ids, geometry)
@@ -155,7 +161,8 @@ def check_store(store: Store) -> None:
     assert np.array_equal(store.read(5), volume), "a volume came back changed"
     assert store.write(1005, zeros), "an all-zero volume was not written"
     assert store.has(1005), "an all-zero volume counts as missing"
-    assert store.stored([5, 6, 1005]).tolist() == [True, False, True]
+    stored = store.stored([5, 6, 1005]).tolist()
+    assert stored == [True, False, True], f"stored() gives {stored} for 5, 6 and 1005 of 5, 1005"
     start, size = tuple(n // 4 for n in layout.shape), tuple(n // 2 for n in layout.shape)
     box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
     assert np.array_equal(store.read_patch(5, start, size), volume[box]), "a patch differs"
@@ -168,8 +175,8 @@ def _check_damage(store: Store, volume: np.ndarray) -> None:
     path.write_bytes(sound[: len(sound) // 2])
     assert not store.has(5), "a shard cut short counts as present"
     path.write_bytes(sound[:10] + bytes([sound[10] ^ 1]) + sound[11:])
-    (damage,) = [d for _, d in store.verify() if d is not None]
-    assert damage.position == 5, f"verify() blames {damage.position}, volume 5 is damaged"
+    blamed = [position for position, damage in store.verify() if damage is not None]
+    assert blamed == [5], f"verify() names {len(blamed)} volumes, {blamed}: volume 5 is damaged"
     store.quarantine(5)
     assert not store.has(5), "a quarantined volume counts as present"
     assert store.write(5, volume), "a quarantined volume cannot be written again"

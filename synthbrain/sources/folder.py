@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ LAYOUTS = (
 """Where a volume is looked for, in this order; ``label`` is the id without ``sub-``."""
 
 _AFFINE_TOLERANCE = 1e-3
+
+log = logging.getLogger("synthbrain")
 
 
 class FolderSource:
@@ -71,11 +74,19 @@ class FolderSource:
     def fetch(
         self, ids: Sequence[str], geometry: Geometry
     ) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[Any]]]]:
-        """Read the files, check them against the geometry and quantise them."""
-        for id in ids:
-            path = self.find(id)
-            if path is not None:
-                yield id, read_nifti(path, geometry)
+        """Read the files, check them against the geometry and quantise them.
+
+        One that is unreadable or unfit is logged and left out.
+        """
+        for id, path in ((id, self.find(id)) for id in ids):
+            if path is None:
+                continue
+            try:
+                volume = read_nifti(path, geometry)
+            except SourceError as error:
+                log.warning("%s; left out", error)
+            else:
+                yield id, volume
 
 
 def read_nifti(path: Path, geometry: Geometry) -> np.ndarray[Any, np.dtype[Any]]:

@@ -1,0 +1,162 @@
+"""The contract tests can fail: each broken promise is noticed, and named."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from synthbrain.sources.base import Cost
+from synthbrain.store import Store
+from synthbrain.testing import (
+    TINY,
+    TinyGenerator,
+    check_generator,
+    check_source,
+    check_store,
+    tiny_manifest,
+)
+
+
+def broken(base, **members):
+    return type("Broken", (base,), members)
+
+
+def altered(change):
+    """A tiny generator whose output goes through ``change``."""
+    return broken(TinyGenerator, sample=lambda self, rows: change(TinyGenerator.sample(self, rows)))
+
+
+def test_a_sound_generator_passes():
+    check_generator(TinyGenerator())
+    check_generator(TinyGenerator((8, 8, 8), batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("generator", "says"),
+    [
+        (altered(lambda x: x[:, 0]), "shape (3, 16, 24, 16)"),
+        (altered(lambda x: x[:-1]), "shape (2, 1, 16, 24, 16)"),
+        (altered(torch.Tensor.double), "type torch.float64"),
+        (altered(lambda x: x * float("nan")), "not all finite"),
+        (altered(lambda x: x - 0.5), "is below 0"),
+        (altered(lambda x: x + 0.5), "is above 1"),
+        (altered(lambda x: x / (1 + len(x))), "differs by"),
+        (altered(lambda x: (x + torch.rand_like(x)) / 2), "differs by"),
+        (altered(lambda x: x.mean(0, keepdim=True).expand_as(x)), "differs by"),
+        (altered(lambda x: x * 0), "another seed gives the same volume"),
+        (broken(TinyGenerator, digest="abc"), "fewer than 8 digits"),
+        (broken(TinyGenerator, digest="not hex digits"), "not hexadecimal"),
+        (broken(TinyGenerator, name=""), "name"),
+        (broken(TinyGenerator, name="a/b"), "name"),
+        (broken(TinyGenerator, honours=frozenset({"age", "weight"})), "honours"),
+        (broken(TinyGenerator, seconds_per_volume=0.0), "seconds_per_volume"),
+    ],
+)
+def test_a_generator_that_breaks_a_promise_is_caught(generator, says):
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        check_generator(generator())
+
+
+def test_a_generator_that_takes_no_rows_is_caught():
+    generator = TinyGenerator(batch_size=0)
+    with pytest.raises(AssertionError, match="batch_size"):
+        check_generator(generator)
+
+
+class ListSource:
+    name, made_by = "shelf", "published"
+    ids = ("a", "b", "c")
+
+    def holds(self, ids):
+        return np.array([id in self.ids for id in ids], dtype=bool)
+
+    def cost(self, ids):
+        return Cost(bytes=10 * len(ids), seconds=1.0)
+
+    def fetch(self, ids, geometry):
+        for id in ids:
+            if id in self.ids:
+                yield id, np.zeros(geometry.shape, geometry.dtype)
+
+
+def test_a_sound_source_passes():
+    check_source(ListSource(), ["a", "b"], TINY)
+
+
+def always(value):
+    return lambda self, *_: value
+
+
+def everything(self, ids, geometry):
+    yield from ((id, np.zeros(geometry.shape, geometry.dtype)) for id in ids)
+
+
+def giving(volume, ids=("a", "b")):
+    def fetch(self, asked, geometry):
+        yield from ((id, volume) for id in ids)
+
+    return fetch
+
+
+BLACK = np.zeros(TINY.shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ({"holds": always(np.array([True, True, True]))}, "holds() gives [True, True, True]"),
+        ({"holds": always(np.array([1, 1, 0]))}, "expected bool"),
+        ({"holds": always([True, True, False])}, "expected a bool array"),
+        ({"cost": always(Cost(bytes=0, seconds=1.0))}, "no bytes"),
+        ({"cost": always(Cost(bytes=1, seconds=0.0))}, "no seconds"),
+        ({"fetch": everything}, "asked for ['a', 'b']"),
+        ({"fetch": giving(BLACK, ["a"])}, "fetch() gave ['a']"),
+        ({"fetch": giving(BLACK, ["a", "a", "b"])}, "fetch() gave ['a', 'a', 'b']"),
+        ({"fetch": giving(BLACK[:-1])}, "a has shape"),
+        ({"fetch": giving(BLACK.astype(float))}, "a has type float64"),
+        ({"fetch": always([("a", BLACK), ("b", BLACK)])}, "must be a generator"),
+    ],
+)
+def test_a_source_that_breaks_a_promise_is_caught(members, says):
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        check_source(broken(ListSource, **members)(), ["a", "b"], TINY)
+
+
+def overwriting(self, position, volume):
+    self.path(position).unlink(missing_ok=True)
+    return Store.write(self, position, volume)
+
+
+def dropping_black(self, position, volume):
+    return Store.write(self, position, volume) if volume.any() else not self.has(position)
+
+
+def unchecked(self, position):
+    return self.path(position).exists()
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ({"has": always(True)}, "an empty store has a volume"),
+        ({"write": always(False)}, "somebody else was first"),
+        ({"write": overwriting}, "replaced a sound volume"),
+        ({"write": dropping_black}, "counts as missing"),
+        ({"read": lambda self, p, **_: Store.read(self, p) ^ 1}, "came back changed"),
+        ({"stored": always(np.array([True, True, True]))}, "stored()"),
+        ({"read_patch": lambda self, p, s, n: Store.read_patch(self, p, s, n)[::-1]}, "a patch"),
+        ({"has": unchecked}, "cut short counts as present"),
+        ({"verify": lambda self: iter([(5, None)])}, "verify() names 0 volumes"),
+        ({"quarantine": always(None)}, "quarantined volume counts as present"),
+    ],
+)
+def test_a_store_that_breaks_a_promise_is_caught(tmp_path, members, says):
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        check_store(broken(Store, **members)(tmp_path, TINY))
+
+
+def test_tiny_manifests_are_reproducible_and_distinct():
+    assert tiny_manifest(5).table.equals(tiny_manifest(5).table)
+    assert not tiny_manifest(5).table.equals(tiny_manifest(5, seed=1).table)
+    assert len(tiny_manifest(7, name="other").select(ids=["other000006"])) == 1
