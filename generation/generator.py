@@ -23,8 +23,10 @@ class Generator(Protocol):
     name: str
     """Short name users type, e.g. ``"phantom"``."""
 
-    digest: str
-    """At least 8 hex digits that change whenever the same row would give other voxels."""
+    @property
+    def digest(self) -> str:
+        """At least 8 hex digits that change whenever the same row would give other voxels."""
+        ...
 
     honours: frozenset[str]
     """Names of the covariates the volumes follow."""
