@@ -8,310 +8,228 @@ from __future__ import annotations
 
 import gzip
 import io
-import itertools
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from volumes import Array, Box, Volumes, scaled
 
-from synthbrain import Manifest, SynthBrainDataset
-from synthbrain.quantise import quantise
+from synthbrain import SynthBrainDataset
 
-Box = tuple[slice, slice, slice]
-SCALE = np.float32(1 / 255)
+Pass = Callable[[Sequence[int]], Iterator[tuple[int, Tensor]]]
+"""Delivers each of the volumes asked for, as (number, tensor); streams do so in their own order."""
+
+PatchPass = Callable[[Sequence[int], Sequence[Box]], Iterator[tuple[int, Tensor]]]
+"""The same for one box of each volume; boxes are numbered like volumes."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to get a volume from disk as a float32 tensor ``(1, x, y, z)`` in [0, 1].
+    """One way to get volumes from disk as float32 tensors ``(1, x, y, z)`` in [0, 1].
 
     Parameters
     ----------
-    stored
-        What lies on disk.
-    compressed
-        Whether that is compressed when it is read.
-    whole
-        Delivers volume ``i``; streams deliver the next one, in order.
-    patch
-        Delivers a box of volume ``i``.
-    partial
-        Whether ``patch`` leaves the rest of the volume unread; else it loads and crops.
-    files
-        The files of all volumes, to weigh them.
-    each
-        How many volumes one call of ``whole`` delivers (the first is returned).
+    stored, compressed, files
+        What lies on disk, whether it is compressed when it is read, and all its files.
+    whole, patches
+        Deliver whole volumes and patches; without ``patches`` whole volumes are cropped.
+    how
+        How patches are read.
     """
 
     stored: str
     compressed: bool
     files: Sequence[Path]
-    whole: Callable[[int], Tensor] | None
-    patch: Callable[[int, Box], Tensor] | None = None
-    partial: bool = False
-    each: int = 1
+    whole: Pass
+    patches: PatchPass | None = None
+    how: str = "loads all, crops"
+
+    def crops(self, order: Sequence[int], boxes: Sequence[Box]) -> Iterator[tuple[int, Tensor]]:
+        """Patches, by the library's own means or by cropping."""
+        if self.patches is not None:
+            yield from self.patches(order, boxes)
+            return
+        for i, image in self.whole(order):
+            yield i, image[(slice(None), *boxes[i])].contiguous()
 
 
-@dataclass(frozen=True)
-class Volumes:
-    """The volumes all readers share: their values, and a folder for their files."""
-
-    folder: Path
-    manifest: Manifest
-    maker: str
-    patch: int
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self.manifest)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Voxels of one volume."""
-        return self.manifest.header.geometry.shape
-
-    @property
-    def floats(self) -> np.ndarray:
-        """Values as the generator gave them: float32 ``(n, x, y, z)``."""
-        return np.load(self.folder / "floats.npy", mmap_mode="r")
-
-    @property
-    def codes(self) -> np.ndarray:
-        """The same in 256 levels: uint8 ``(n, x, y, z)``."""
-        return np.load(self.folder / "codes.npy", mmap_mode="r")
-
-    def dataset(self, **options: Any) -> SynthBrainDataset:
-        """Our dataset of these volumes."""
-        store = self.folder / "store"
-        return SynthBrainDataset(
-            self.manifest, generator=None, made_by=self.maker, store=store, **options
-        )
-
-    def write(self, name: str, save: Callable[[Path, int], None]) -> list[Path]:
-        """Write one file per volume under ``name`` (a template with ``{}``), unless it is there."""
-        paths = [self.folder / name.format(i) for i in range(self.count)]
-        for i, path in enumerate(paths):
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                scratch = path.with_name("partial-" + path.name)
-                save(scratch, i)
-                scratch.rename(path)
-        return paths
-
-    def nifti(self, kind: str) -> list[Path]:
-        """NIfTI files as nibabel writes them: ``"float32"``, ``"levels"`` or ``"uint8"``."""
-        import nibabel as nib
-
-        affine = np.array(self.manifest.header.geometry.affine)
-
-        def save(path: Path, i: int) -> None:
-            if kind == "float32":
-                values = self.floats[i]
-            else:
-                values = self.codes[i] * SCALE if kind == "levels" else self.codes[i]
-            nib.save(nib.Nifti1Image(np.asarray(values), affine), path)
-
-        return self.write(f"nifti-{kind}/{{}}.nii.gz", save)
+def each(read: Callable[[int], Tensor]) -> Pass:
+    """A pass that reads one volume after the other."""
+    return lambda order: ((i, read(i)) for i in order)
 
 
-def prepare(folder: Path, manifest: Manifest, generator: Any, patch: int) -> Volumes:
-    """Make the volumes of a manifest and store them our way; the readers write their own files."""
-    from synthbrain.generators import identity
-
-    shape = (len(manifest), *manifest.header.geometry.shape)
-    volumes = Volumes(folder, manifest, identity(generator), patch)
-    floats = np.lib.format.open_memmap(folder / "floats.npy", "w+", np.float32, shape)
-    codes = np.lib.format.open_memmap(folder / "codes.npy", "w+", np.uint8, shape)
-    resolver = SynthBrainDataset(
-        manifest, generator=generator, store=folder / "store"
-    ).resolver
-    for i in range(len(manifest)):
-        floats[i] = generator.sample(manifest.table.iloc[[i]])[0, 0].numpy()
-        codes[i] = quantise(floats[i], manifest.header.geometry)
-        resolver.store_of(i).write(int(manifest.positions[i]), np.asarray(codes[i]))
-    return volumes
+def each_box(read: Callable[[int, Box], Tensor]) -> PatchPass:
+    """A pass that reads one box after the other."""
+    return lambda order, boxes: ((i, read(i, boxes[i])) for i in order)
 
 
-def scaled(codes: np.ndarray) -> Tensor:
-    """Stored bytes as a float32 tensor ``(1, x, y, z)``: the one pass no byte reader avoids."""
-    return torch.from_numpy(np.multiply(codes, SCALE, dtype=np.float32))[None]
+def stream(rows: Callable[[], Iterable[Array]]) -> Pass:
+    """A pass over what has no random access: always from the start to the end."""
 
+    def whole(_: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        for i, values in enumerate(rows()):
+            yield i, scaled(values) if values.dtype == np.uint8 else torch.from_numpy(values)[None]
 
-def cropped(whole: Callable[[int], Tensor]) -> Callable[[int, Box], Tensor]:
-    """Patches for a library that cannot read part of a volume."""
-    return lambda i, box: whole(i)[(slice(None), *box)].contiguous()
+    return whole
 
 
 def memory_map(volumes: Volumes) -> Reader:
     """Raw bytes, mapped, copied and cast: the limit."""
     paths = volumes.write("raw/{}.raw", lambda path, i: volumes.codes[i].tofile(path))
 
-    def mapped(i: int) -> np.ndarray:
+    def mapped(i: int) -> Array:
         return np.memmap(paths[i], np.uint8, "r", shape=volumes.shape)
 
     return Reader(
-        "raw uint8", False, paths,
-        lambda i: scaled(mapped(i)), lambda i, box: scaled(mapped(i)[box]), partial=True,
+        "raw uint8", False, paths, each(lambda i: scaled(mapped(i))),
+        each_box(lambda i, box: scaled(mapped(i)[box])), "maps the box",
     )  # fmt: skip
 
 
-def ours(volumes: Volumes) -> Reader:
-    """``ds[i]``, whole and with ``patch_size=``."""
-    ds, patches = volumes.dataset(), volumes.dataset(patch_size=volumes.patch)
-    return Reader(
-        "our store: uint8, zstd, checksums", True, _shards(ds),
-        lambda i: ds[i]["image"], lambda i, box: patches[i]["image"], partial=True,
-    )  # fmt: skip
-
-
-def ours_batch(volumes: Volumes, size: int = 4) -> Reader:
-    """``ds.__getitems__``, as a DataLoader calls it."""
+def ours(volumes: Volumes, batch: int = 1) -> Reader:
+    """``ds[i]``, or ``ds.__getitems__`` as a DataLoader calls it; patches with ``patch_size=``."""
     ds = volumes.dataset()
 
-    def whole(i: int) -> Tensor:
-        batch = ds.__getitems__([(i + k) % volumes.count for k in range(size)])
-        return batch[0]["image"]
+    def read(ds: SynthBrainDataset, order: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        if batch == 1:
+            yield from ((i, ds[i]["image"]) for i in order)
+            return
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            yield from zip(rows, [row["image"] for row in ds.__getitems__(rows)], strict=True)
 
-    return Reader("our store", True, _shards(ds), whole, each=size)
+    return Reader(
+        "our store (uint8, zstd, crc32c)", True, _shards(ds), lambda order: read(ds, order),
+        lambda order, _: read(volumes.patches, order), "decodes touched chunks",
+    )  # fmt: skip
 
 
 def _shards(ds: SynthBrainDataset) -> list[Path]:
     return [ds.resolver.path(i) for i in range(len(ds))]
 
 
-def zarr_python(volumes: Volumes, pipeline: str | None = None) -> Reader:
+def zarr_python(volumes: Volumes) -> Reader:
     """zarr-python on our very store, the block kept open."""
+    return _zarr(volumes, {})
+
+
+def zarr_rust(volumes: Volumes) -> Reader:
+    """The same through the Rust codecs of zarrs."""
+    import zarrs  # noqa: F401
+
+    return _zarr(volumes, {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+
+
+def _zarr(volumes: Volumes, options: dict[str, str]) -> Reader:
     import zarr
 
-    ds = volumes.dataset()
-    paths = _shards(ds)
-    options = {"codec_pipeline.path": pipeline} if pipeline else {}
+    paths = _shards(volumes.dataset())
     with zarr.config.set(options):
         block: Any = zarr.open_array(paths[0].parent, mode="r")
     slots = [int(path.name.split(".")[1]) for path in paths]
     return Reader(
-        "our store", True, paths,
-        lambda i: scaled(block[slots[i]]), lambda i, box: scaled(block[(slots[i], *box)]),
-        partial=True,
+        "our store", True, paths, each(lambda i: scaled(block[slots[i]])),
+        each_box(lambda i, box: scaled(block[(slots[i], *box)])), "decodes touched chunks",
     )  # fmt: skip
 
 
-def zarr_zarrs(volumes: Volumes) -> Reader:
-    """The same through the Rust codecs of zarrs."""
-    import zarrs  # noqa: F401
-
-    return zarr_python(volumes, "zarrs.ZarrsCodecPipeline")
-
-
 def nibabel(volumes: Volumes, kind: str = "float32") -> Reader:
-    """``nibabel.load``; patches by slicing ``dataobj``."""
+    """``nibabel.load``; patches by slicing ``dataobj``.
+
+    ``kind`` is ``"float32"`` for the generator's values, ``"levels"`` for float32 files that hold
+    only 256 values and compress better, or ``"uint8"``.
+    """
     import nibabel as nib
 
     paths = volumes.nifti(kind)
-    floats = kind != "uint8"
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values))[None] if floats else scaled(values)
-
-    def whole(i: int) -> Tensor:
-        return tensor(np.asarray(nib.load(paths[i]).dataobj))
-
-    def patch(i: int, box: Box) -> Tensor:
-        return tensor(np.asarray(nib.load(paths[i]).dataobj[box]))
-
-    stored = {"float32": "float32", "levels": "float32 of 256 levels", "uint8": "uint8"}[kind]
-    return Reader(f".nii.gz, {stored}", True, paths, whole, patch, partial=True)
-
-
-def nibabel_levels(volumes: Volumes) -> Reader:
-    """nibabel on float32 files that hold only 256 values, which compress better."""
-    return nibabel(volumes, "levels")
-
-
-def nibabel_uint8(volumes: Volumes) -> Reader:
-    """nibabel on uint8 files: what converting the set, without this package, would give."""
-    return nibabel(volumes, "uint8")
+    load: Callable[[Path], Any] = nib.load
+    tensor = scaled if kind == "uint8" else lambda values: torch.from_numpy(values)[None]
+    return Reader(
+        {"levels": "float32 of 256 levels"}.get(kind, kind) + " .nii.gz", True, paths,
+        each(lambda i: tensor(np.asarray(load(paths[i]).dataobj))),
+        each_box(lambda i, box: tensor(np.ascontiguousarray(load(paths[i]).dataobj[box]))),
+        "slices dataobj: decompresses up to the box",
+    )  # fmt: skip
 
 
 def monai_load(volumes: Volumes) -> Reader:
     """``LoadImaged`` and ``EnsureChannelFirstd``."""
     paths = volumes.nifti("float32")
     load = _monai_load()
-
-    def whole(i: int) -> Tensor:
-        return load({"image": str(paths[i])})["image"].as_tensor()
-
-    return Reader(".nii.gz, float32", True, paths, whole, cropped(whole))
+    whole = each(lambda i: _plain(load({"image": str(paths[i])})["image"]))
+    return Reader("float32 .nii.gz", True, paths, whole)
 
 
 def monai_persistent(volumes: Volumes) -> Reader:
-    """``PersistentDataset`` whose cache is warm."""
-    from monai.data import PersistentDataset
+    """``PersistentDataset`` of the same, its cache warm."""
+    from monai.data import PersistentDataset  # type: ignore[attr-defined]
 
     items = [{"image": str(path)} for path in volumes.nifti("float32")]
     cache = volumes.folder / "persistent"
     ds = PersistentDataset(items, _monai_load(), cache_dir=cache)
     for i in range(volumes.count):
         ds[i]
-
-    def whole(i: int) -> Tensor:
-        return ds[i]["image"].as_tensor()
-
-    return Reader(".pt cache, float32", False, sorted(cache.glob("*.pt")), whole, cropped(whole))
+    whole = each(lambda i: _plain(ds[i]["image"]))
+    return Reader("float32 .pt, the cache", False, sorted(cache.glob("*.pt")), whole)
 
 
 def _monai_load() -> Any:
-    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+    from monai import transforms
 
-    return Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
+    modules: Any = transforms
+    return modules.Compose([modules.LoadImaged("image"), modules.EnsureChannelFirstd("image")])
+
+
+def _plain(image: Any) -> Tensor:
+    return image.as_tensor() if hasattr(image, "as_tensor") else image
 
 
 def torchio(volumes: Volumes) -> Reader:
-    """A ``Subject`` with a ``ScalarImage``; patches by ``Crop``, which loads the whole."""
+    """A ``Subject`` with a ``ScalarImage``; patches by ``Crop``."""
     import torchio as tio
 
     paths = volumes.nifti("float32")
 
-    def whole(i: int) -> Tensor:
-        return tio.Subject(image=tio.ScalarImage(paths[i]))["image"].data
-
     def patch(i: int, box: Box) -> Tensor:
-        subject = tio.Subject(image=tio.ScalarImage(paths[i]))
-        margins = [m for s, n in zip(box, volumes.shape, strict=True) for m in (s.start, n - s.stop)]
-        return tio.Crop(tuple(margins))(subject)["image"].data.contiguous()
+        margins = [
+            m for s, n in zip(box, volumes.shape, strict=True) for m in (s.start, n - s.stop)
+        ]
+        return tio.Crop(tuple(margins))(subject(i))["image"].data.contiguous()
 
-    return Reader(".nii.gz, float32", True, paths, whole, patch)
+    def subject(i: int) -> Any:
+        return tio.Subject(image=tio.ScalarImage(paths[i]))
+
+    whole = each(lambda i: subject(i)["image"].data)
+    return Reader("float32 .nii.gz", True, paths, whole, each_box(patch), "loads all, Crop")
 
 
 def hf_arrow(volumes: Volumes) -> Reader:
     """Hugging Face ``datasets``, map-style: an ``Array4D`` column of uint8, memory-mapped Arrow."""
-    import datasets
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import datasets  # type: ignore[import-untyped]
 
+    datasets.disable_progress_bars()
     folder = volumes.folder / "arrow"
     if not folder.exists():
         features = datasets.Features({"image": datasets.Array4D((1, *volumes.shape), "uint8")})
         rows = {"image": [np.asarray(codes)[None] for codes in volumes.codes]}
         datasets.Dataset.from_dict(rows, features).save_to_disk(str(folder))
     ds = datasets.load_from_disk(str(folder)).with_format("numpy")
-
-    def whole(i: int) -> Tensor:
-        return scaled(ds[i]["image"][0])
-
-    files = sorted(folder.glob("*.arrow"))
-    return Reader("Arrow, Array4D of uint8", False, files, whole, cropped(whole))
+    whole = each(lambda i: scaled(ds[i]["image"][0]))
+    return Reader("Arrow, Array4D of uint8", False, sorted(folder.glob("*.arrow")), whole)
 
 
 def hf_parquet(volumes: Volumes) -> Reader:
     """Hugging Face ``datasets``, streaming a binary column of zstd-compressed Parquet."""
-    import datasets
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import datasets  # type: ignore[import-untyped]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -323,72 +241,80 @@ def hf_parquet(volumes: Volumes) -> Reader:
         "parquet", data_files=str(path), split="train", streaming=True,
         cache_dir=str(volumes.folder / "hf"),
     )  # fmt: skip
-    whole = _stream(
-        lambda: (np.frombuffer(row["image"], np.uint8).reshape(volumes.shape) for row in ds)
-    )
-    return Reader("Parquet, zstd, bytes of uint8", True, [path], whole, cropped(whole))
+
+    def rows() -> Iterator[Array]:
+        return (np.frombuffer(row["image"], np.uint8).reshape(volumes.shape) for row in ds)
+
+    return Reader("Parquet, binary column of uint8, zstd", True, [path], stream(rows))
 
 
 def webdataset(volumes: Volumes, kind: str = "npy") -> Reader:
-    """``WebDataset`` on one tar, streamed in order."""
-    import webdataset as wds
+    """``WebDataset`` on one tar of ``"npy"`` or ``"npy.gz"`` (uint8), or ``"nii.gz"`` (float32)."""
+    import webdataset as wds  # type: ignore[import-untyped]
 
     path = volumes.folder / f"{kind}.tar"
     if not path.exists():
         with tarfile.open(path, "w") as tar:
             for i in range(volumes.count):
-                data = _member(volumes, kind, i)
+                data = _encode(volumes, kind, i)
                 info = tarfile.TarInfo(f"{i:06d}.{kind}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    decoders = {"npy": _npy, "npy.gz": lambda data: _npy(gzip.decompress(data)), "nii.gz": _nifti}
 
-    def rows() -> Iterable[np.ndarray]:
-        ds = wds.WebDataset(str(path), shardshuffle=False).to_tuple(kind).map_tuple(decoders[kind])
-        return (values for (values,) in ds)
+    def rows() -> Iterator[Array]:
+        for (data,) in wds.WebDataset(str(path), shardshuffle=False).to_tuple(kind):
+            yield _decode(data, kind)
 
-    whole = _stream(rows)
-    kinds = {"npy": "uint8 .npy", "npy.gz": "uint8 .npy.gz", "nii.gz": "float32 .nii.gz"}
-    return Reader(f"tar of {kinds[kind]}", kind != "npy", [path], whole, cropped(whole))
+    stored = f"tar of {'float32' if kind == 'nii.gz' else 'uint8'} .{kind}"
+    return Reader(stored, kind != "npy", [path], stream(rows))
 
 
-def webdataset_gz(volumes: Volumes) -> Reader:
-    """The same with compressed arrays."""
-    return webdataset(volumes, "npy.gz")
-
-
-def webdataset_nifti(volumes: Volumes) -> Reader:
-    """The same with the NIfTI files."""
-    return webdataset(volumes, "nii.gz")
-
-
-def _member(volumes: Volumes, kind: str, i: int) -> bytes:
+def _encode(volumes: Volumes, kind: str, i: int) -> bytes:
     if kind == "nii.gz":
         return volumes.nifti("float32")[i].read_bytes()
     buffer = io.BytesIO()
     np.save(buffer, volumes.codes[i])
-    data = buffer.getvalue()
-    return gzip.compress(data, 1) if kind == "npy.gz" else data
+    return gzip.compress(buffer.getvalue(), 1) if kind == "npy.gz" else buffer.getvalue()
 
 
-def _npy(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data))
-
-
-def _nifti(data: bytes) -> np.ndarray:
+def _decode(data: bytes, kind: str) -> Array:
+    data = gzip.decompress(data) if kind.endswith(".gz") else data
+    if not kind.startswith("nii"):
+        return np.load(io.BytesIO(data))
     import nibabel as nib
 
-    return np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(data)).dataobj)
+    return np.asarray(nib.Nifti1Image.from_bytes(data).dataobj)
 
 
-def _stream(rows: Callable[[], Iterable[np.ndarray]]) -> Callable[[int], Tensor]:
-    """Whatever comes next, over and over: streams have no random access."""
-    stream: Iterator[np.ndarray] = itertools.chain.from_iterable(rows() for _ in itertools.count())
+LIMIT, OURS, NIBABEL = "copy and cast (limit)", "synthbrain, `ds[i]`", "nibabel"
 
-    def following(_: int) -> Tensor:
-        values = next(stream)
-        if values.dtype == np.uint8:
-            return scaled(values)
-        return torch.from_numpy(np.ascontiguousarray(values))[None]
+READERS: dict[str, Callable[[Volumes], Reader]] = {
+    LIMIT: memory_map,
+    OURS: ours,
+    "synthbrain, batches of 4": partial(ours, batch=4),
+    "zarr-python": zarr_python,
+    "zarr-python with zarrs": zarr_rust,
+    NIBABEL: nibabel,
+    "nibabel, 256 levels": partial(nibabel, kind="levels"),
+    "nibabel, uint8 files": partial(nibabel, kind="uint8"),
+    "MONAI LoadImaged": monai_load,
+    "MONAI PersistentDataset": monai_persistent,
+    "TorchIO Subject": torchio,
+    "Hugging Face datasets, map-style": hf_arrow,
+    "Hugging Face datasets, streaming": hf_parquet,
+    "WebDataset, .npy": webdataset,
+    "WebDataset, .npy.gz": partial(webdataset, kind="npy.gz"),
+    "WebDataset, .nii.gz": partial(webdataset, kind="nii.gz"),
+}
+"""Every method by the name of its row."""
 
-    return following
+
+def open_readers(volumes: Volumes) -> dict[str, Reader | None]:
+    """All readers, their files written; None where the library is not installed."""
+    readers: dict[str, Reader | None] = {}
+    for name, factory in READERS.items():
+        try:
+            readers[name] = factory(volumes)
+        except ImportError:
+            readers[name] = None
+    return readers

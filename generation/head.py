@@ -83,7 +83,7 @@ def outer_head(skull: Field, origin: tuple[float, float, float]) -> Field:
 
 def _surface(skull: Field, x: Field, y: Field, z: Field) -> Field:
     """Signed distance to the skin, negative inside."""
-    scalp = skull - 13.6 - 1.5 * np.exp(-(((z + 20) / 40) ** 2))
+    scalp = skull - 12.8 - 1.5 * np.exp(-(((z + 20) / 40) ** 2))
     face = _ellipsoid(x, y, z, (0, 50, -48), (64, 52, 84))
     nose = _ellipsoid(x, y, z, (0, 106, -52), (13, 17, 24))
     brow = _ellipsoid(x, y, z, (0, 76, -18), (50, 18, 16))
@@ -113,7 +113,7 @@ def _vault(image: Field, skull: Field, waves: Field, y: Field, z: Field) -> Fiel
     """Inner table, marrow and outer table, thicker at the back and thin at the temples."""
     table = 3.2
     roof = 2.4 * _step((y - 35) / 12) * _step((-18 - z) / 8)  # of the orbits: no marrow
-    thickness = 7.4 - roof + 1.2 * np.tanh((-y - 40) / 40) + 0.9 * waves
+    thickness = 7.4 - roof + 1.2 * np.tanh((-y - 40) / 40) + 0.5 * waves
     marrow = np.minimum(skull - table, thickness - 1.7 - skull)
     bone = thickness - skull  # and all that lies inside, for the brain to be put there
     image = _mix(image, BONE, _step(bone))

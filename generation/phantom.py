@@ -60,7 +60,7 @@ LEAST_BRAIN, MOST_BRAIN = 0.42, 0.96
 """Where extrapolation ends: mm³, share of the intracranial volume, shares of what is left of it."""
 
 CSF, GREY, WHITE = 0.16, 0.50, 0.73
-NOISE = 0.009
+NOISE = 0.003
 
 PIVOT = (0.0, -15.0, -10.0)
 """Point of the template (mm) about which heads are scaled and brains shrink."""
@@ -194,14 +194,14 @@ class PhantomGenerator:
         """
         traits = [_Traits(int(seed)) for seed in rows["seed"]]
         targets = _targets(conditioning(rows), traits, self.device)
-        return self._into_brain(self._into_head(targets, traits), targets)
+        return self._into_brain(self._into_head(targets, traits), targets, traits)
 
     def _volumes(self, vectors: NDArray[np.float32], seeds: list[int]) -> Tensor:
         traits = [_Traits(seed) for seed in seeds]
         targets = _targets(vectors, traits, self.device)
         into_head = self._into_head(targets, traits)
         head, skull = look_up(self._head, HEAD, _enlarge(into_head)).unbind(1)
-        into_brain = _enlarge(self._into_brain(into_head, targets))
+        into_brain = _enlarge(self._into_brain(into_head, targets, traits))
         tissue, pial, ventricle = look_up(self._brain, self._brain_grid, into_brain).unbind(1)
         del into_head, into_brain
         inside = _ramp(-skull)
@@ -237,14 +237,14 @@ class PhantomGenerator:
         turned = torch.einsum(
             "nij,nj...->ni...", poses, centred.expand(len(traits), -1, -1, -1, -1)
         )
-        bend = self._spread(traits, "bend", COARSE_SHAPE)
-        wiggle = self._spread(traits, "wiggle", COARSE_SHAPE)
-        return turned + pivot + 4.5 * bend + 2.2 * wiggle
+        return turned + pivot + 4.5 * self._spread(traits, "bend", COARSE_SHAPE)
 
-    def _into_brain(self, into_head: Tensor, targets: _Targets) -> Tensor:
+    def _into_brain(self, into_head: Tensor, targets: _Targets, traits: list[_Traits]) -> Tensor:
         """The same for the brain, which shrinks inside its skull and has ventricles that grow."""
         pivot = torch.tensor(PIVOT, device=self.device).view(1, 3, 1, 1, 1)
-        spread_out = (into_head - pivot) / targets.shrink.float().view(-1, 1, 1, 1, 1) + pivot
+        shrink = targets.shrink.float().view(-1, 1, 1, 1, 1)
+        wiggle = 2.2 * self._spread(traits, "wiggle", COARSE_SHAPE)
+        spread_out = (into_head - pivot) / shrink + pivot + wiggle
         in_template = targets.ventricular / (targets.scale * targets.shrink) ** 3
         flow = exponential(self._growth, GROWTH, -self._time(in_template))
         return spread_out + look_up(flow, GROWTH, spread_out)
