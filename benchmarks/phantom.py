@@ -84,11 +84,11 @@ def heading(rows: int) -> list[str]:
     return [
         "# Phantoms: asked and measured volumes",
         "",
-        f"{rows} rows of each kind, volumes measured from the stored bytes by `generation.volumetry`; "
-        f"errors in percent of the covariate's range. {os.cpu_count()} cores, "
+        f"{rows} rows of each kind, volumes measured by `generation.volumetry` from the images as "
+        f"stored; errors in percent of the covariate's range. {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}.",
         "",
-        "| rows | covariate | Pearson r | mean absolute error | mean error | largest | s per volume |",
+        "| rows | covariate | Pearson r | mean absolute error | bias | largest | s per volume |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from volumes import Array, Box, Volumes, scaled
+from volumes import Box, Volumes, scaled
 
 from synthbrain import SynthBrainDataset
+from synthbrain.quantise import Array
 
 Pass = Callable[[Sequence[int]], Iterator[tuple[int, Tensor]]]
 """Delivers each of the volumes asked for, as (number, tensor); streams do so in their own order."""

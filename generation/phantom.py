@@ -207,9 +207,7 @@ class PhantomGenerator:
         inside = _ramp(-skull)
         ventricle += _shift(-ventricle, inside, targets.ventricular)
         room = inside * _ramp(ventricle)
-        wall = 4.0 * (
-            2.5 - ventricle
-        )  # keeps 1.5 mm of tissue around the ventricles, come what may
+        wall = 4.0 * (2.5 - _in_voxels(ventricle))  # tissue around them, come what may
         pial += 1.6 * self._spread(traits, "cortex")[:, 0]
         volume = _bounded(targets.brain / REFERENCE_ICV, inside, room)
         erosion = _shift(torch.maximum(pial, wall), room, volume)
@@ -368,6 +366,12 @@ def _enlarge(coordinates: Tensor) -> Tensor:
 def _ramp(distance: Tensor) -> Tensor:
     """Part of a voxel on the positive side of a surface at a distance in voxels."""
     return (distance + 0.5).clamp(0, 1)
+
+
+def _in_voxels(distance: Tensor) -> Tensor:
+    """Distance to a surface in voxels here, of a distance measured before the warp."""
+    slope = torch.stack(torch.gradient(distance, dim=(1, 2, 3))).square_().sum(0).sqrt_()
+    return distance / slope.clamp_(min=0.3)
 
 
 def _shift(distance: Tensor, weight: Tensor, volume: Tensor) -> Tensor:

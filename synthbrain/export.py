@@ -28,6 +28,7 @@ from synthbrain.errors import MissingVolumeError, StoreError, UsageError
 from synthbrain.progress import track
 from synthbrain.quantise import Array, intensities
 from synthbrain.resolver import PUBLISHED
+from synthbrain.rows import bids_label
 
 if TYPE_CHECKING:
     from synthbrain.dataset import SynthBrainDataset
@@ -193,17 +194,6 @@ def nifti_bytes(stored: Array, geometry: Geometry, dtype: DType = "uint8") -> by
     image.set_sform(geometry.affine, _ALIGNED)
     image.set_qform(geometry.affine, _ALIGNED)
     return gzip.compress(image.to_bytes(), 6, mtime=0)
-
-
-def bids_label(id: str) -> str:
-    """A row's id as a BIDS label, which holds letters and digits only.
-
-    Examples
-    --------
-    >>> bids_label("sub-000_12")
-    '00012'
-    """
-    return "".join(letter for letter in id.removeprefix("sub-") if letter.isalnum())
 
 
 @dataclass(frozen=True, eq=False)

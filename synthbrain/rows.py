@@ -174,3 +174,14 @@ def write_rows(
     if sha256 is not None:
         out[SHA256] = sha256.to_numpy()
     out.to_parquet(path, compression="zstd", index=False)
+
+
+def bids_label(id: str) -> str:
+    """A row's id as a BIDS label, which holds letters and digits only.
+
+    Examples
+    --------
+    >>> bids_label("sub-000_12")
+    '00012'
+    """
+    return "".join(letter for letter in id.removeprefix("sub-") if letter.isalnum())

@@ -18,9 +18,9 @@ from generation.covariates import AGE, BRAIN_VOLUME, NAMES, VENTRICULAR_VOLUME
 from synthbrain import FolderSource, Manifest, SynthBrainDataset
 from synthbrain.cohort import recipes
 from synthbrain.errors import MissingVolumeError, StoreError, UsageError
-from synthbrain.export import FORMATS, Export, bids_label, export_bids, export_nifti, nifti_bytes
+from synthbrain.export import FORMATS, Export, export_bids, export_nifti, nifti_bytes
 from synthbrain.header import Geometry, Header, Licence
-from synthbrain.rows import make_table
+from synthbrain.rows import bids_label, make_table
 from synthbrain.testing import TINY, TinyGenerator, tiny_manifest
 
 VALIDATOR = Path(sys.executable).parent / "bids-validator-deno"
@@ -296,8 +296,11 @@ def test_labels_that_collide_are_refused(tmp_path, store):
 
 def test_ids_become_labels(tmp_path, store):
     assert bids_label("sub-000012") == "000012"
-    export_bids(with_ids(["sub-a_1-b"], store), tmp_path / "out", progress=False)
-    assert (tmp_path / "out" / "sub-a1b" / "anat" / "sub-a1b_T1w.nii.gz").is_file()
+    dataset = with_ids(["sub-a_1-b"], store)
+    export_bids(dataset, tmp_path / "out", progress=False)
+    path = tmp_path / "out" / "sub-a1b" / "anat" / "sub-a1b_T1w.nii.gz"
+    assert path.is_file()
+    assert FolderSource(tmp_path / "out").find("sub-a_1-b") == path
 
 
 def test_folders_of_others_are_left_alone(dataset, tmp_path):

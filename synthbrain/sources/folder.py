@@ -11,6 +11,7 @@ import numpy as np
 
 from synthbrain.errors import SourceError
 from synthbrain.quantise import quantise
+from synthbrain.rows import bids_label
 from synthbrain.sources.base import Cost
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ LAYOUTS = (
     "{id}.nii.gz",
     "{id}.nii",
 )
-"""Where a volume is looked for, in this order; ``label`` is the id without ``sub-``."""
+"""Where a volume is looked for, in this order; ``label`` is the id as a BIDS label."""
 
 _AFFINE_TOLERANCE = 1e-3
 
@@ -58,7 +59,7 @@ class FolderSource:
 
     def find(self, id: str) -> Path | None:
         """The file of a volume, or None."""
-        label = id.removeprefix("sub-")
+        label = bids_label(id)
         candidates = (self.path / layout.format(id=id, label=label) for layout in LAYOUTS)
         return next((path for path in candidates if path.is_file()), None)
 

@@ -60,22 +60,15 @@ def test_a_method_that_delivers_something_else_is_refused(loading, volumes, faul
 
     sound = memory_map(volumes)
     loading.check("sound", sound, volumes)
-    change = {
-        "voxels": lambda image: image + 0.01,
-        "type": lambda image: image.double(),
-        "shape": lambda image: image[0],
-    }
-    read = {i: image for i, image in sound.whole(range(3))}
-    whole, patches = sound.whole, sound.patches
-    if fault in change:
-        whole = each(lambda i: change[fault](read[i]))
-    elif fault == "left out":
-        whole = each(read.__getitem__)
-        faulty = Reader("", False, [], lambda order: whole(order[1:]), patches)
-    if fault == "patch":
-        patches = lambda order, boxes: sound.patches(order, boxes[::-1])  # noqa: E731
-    if fault != "left out":
-        faulty = Reader("", False, [], whole, patches)
+    read = dict(sound.whole(range(3)))
+    whole, patches = {
+        "voxels": (each(lambda i: read[i] + 0.01), sound.patches),
+        "type": (each(lambda i: read[i].double()), sound.patches),
+        "shape": (each(lambda i: read[i][0]), sound.patches),
+        "left out": (lambda order: sound.whole(order[1:]), sound.patches),
+        "patch": (sound.whole, lambda order, boxes: sound.patches(order, boxes[::-1])),
+    }[fault]
+    faulty = Reader("", False, [], whole, patches)
     with pytest.raises(AssertionError, match="faulty, "):
         loading.check("faulty", faulty, volumes)
 
@@ -92,7 +85,7 @@ def test_boxes_move_with_the_epoch_and_stay_inside(volumes):
     volumes.patches.set_epoch(1)
     assert volumes.boxes() != first
     for box in (*first, *volumes.boxes()):
-        assert all(0 <= s.start and s.stop <= n for s, n in zip(box, volumes.shape, strict=True))
+        assert all(s.start >= 0 and s.stop <= n for s, n in zip(box, volumes.shape, strict=True))
 
 
 def test_scaled_covers_the_unit_interval(loading):
