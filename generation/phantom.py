@@ -219,10 +219,10 @@ class PhantomGenerator:
         return self._scan(image, traits)[:, None]
 
     def _scan(self, image: Tensor, traits: list[_Traits]) -> Tensor:
-        """Receive-coil shading and noise, less of it in the air."""
+        """Receive-coil shading and noise, none of it in the air: synthetic sets have none there."""
         image *= torch.exp(0.12 * self._spread(traits, "coil")[:, 0])
         noise = torch.stack([t.noise() for t in traits]).to(self.device)
-        noise *= NOISE * (0.15 + 0.85 * (image / CSF).clamp(max=1))
+        noise *= NOISE * (image / CSF).clamp(max=1)
         return (image + noise).clamp_(0, 1)
 
     def _into_head(self, targets: _Targets, traits: list[_Traits]) -> Tensor:
