@@ -1,7 +1,7 @@
 """Write the shipped manifests. Deterministic: running it again changes no byte.
 
-    python manifests/build.py            # writes manifests/synthbrain-100k and manifests/ldm-100k
-    python manifests/build.py --check    # exits 1 if what is committed differs
+``python manifests/build.py`` writes ``manifests/synthbrain-100k`` and ``manifests/ldm-100k``; with
+``--check`` it exits 1 if what is committed differs.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def ldm_100k() -> Header:
                 size=591_190_000_000,
             )
         },
-        provenance={"size": "591.19 GB as listed with the torrent; the exact byte count is unknown"},
+        provenance={"size": "591.19 GB as listed with the torrent; the exact count is unknown"},
     )  # fmt: skip
 
 

@@ -23,6 +23,24 @@ def home(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="session")
+def atlas_cache(tmp_path_factory):
+    """A folder with the phantoms' atlas, which takes a while to derive."""
+    from generation.atlas import load_atlas
+
+    folder = tmp_path_factory.mktemp("atlas")
+    load_atlas(folder)
+    return folder
+
+
+@pytest.fixture
+def phantom_home(home, atlas_cache):
+    """A home whose phantoms find their atlas ready."""
+    home.mkdir()
+    (home / "cache").symlink_to(atlas_cache)
+    return home
+
+
 class Recorder(TinyGenerator):
     """Remembers which rows it was asked for, a list of ids for each call."""
 

@@ -21,13 +21,14 @@ def blocks(page, language):
 
 def run(command, folder):
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": paths, "SYNTHBRAIN_HOME": str(folder / "home")}
+    env = os.environ | {"PATH": paths}
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
     )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("phantom_home")
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
     code = "\n".join(blocks(page, "python"))
     if not code:
@@ -40,6 +41,7 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("phantom_home")
 def test_shell_blocks_of_a_page_run(page, tmp_path):
     code = [block for block in blocks(page, "bash") if not INSTALLS.search(block)]
     if not code:
