@@ -212,8 +212,9 @@ def _growth(ventricle: Field, skull: Field) -> Field:
 
     step = (slice(None, None, GROWTH_STEP),) * 3
     x, _, _ = _world(ventricle.shape, ORIGIN)
-    beside_septum = np.clip((abs(x) - 2.0) / 3.0, 0.0, 1.0)  # or the septum would swell too
-    inside = ndimage.gaussian_filter((ventricle < 0.5) * beside_septum, 1.5)[step]
+    beside_septum = np.clip((abs(x) - 1.0) / 4.0, 0.0, 1.0)  # or the septum would swell too
+    # A source much narrower than the flow it feeds would fold on any grid.
+    inside = ndimage.gaussian_filter((ventricle < 5.0) * beside_septum, 5.0)[step]
     brain = np.clip(-ndimage.gaussian_filter(skull, 2.0)[step] / 6.0, 0.0, 1.0)
     source = inside / inside.sum() - brain / brain.sum()
     waves = [np.pi * np.arange(n) / n for n in source.shape]

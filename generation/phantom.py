@@ -65,6 +65,9 @@ NOISE = 0.003
 PIVOT = (0.0, -15.0, -10.0)
 """Point of the template (mm) about which heads are scaled and brains shrink."""
 
+COURSE = (-0.7, -0.5, -0.3, -0.15, 0.0, 0.15, 0.3, 0.6, 1.0, 1.6, 2.4, 3.4, 4.4, 5.4, 6.4)
+"""Times at which the growth of the ventricles is tabulated; a table suffices to start from."""
+
 TEMPLATE_BRAIN = 0.85
 """Brain volume of the template's head as a share of what the ventricles leave."""
 
@@ -205,9 +208,10 @@ class PhantomGenerator:
         tissue, pial, ventricle = look_up(self._brain, self._brain_grid, into_brain).unbind(1)
         del into_head, into_brain
         inside = _ramp(-skull)
+        ventricle = _in_voxels(ventricle)
         ventricle += _shift(-ventricle, inside, targets.ventricular)
         room = inside * _ramp(ventricle)
-        wall = 4.0 * (2.5 - _in_voxels(ventricle))  # tissue around them, come what may
+        wall = 4.0 * (2.5 - ventricle)  # at least 1.5 mm of tissue around the ventricles
         pial += 1.6 * self._spread(traits, "cortex")[:, 0]
         volume = _bounded(targets.brain / REFERENCE_ICV, inside, room)
         erosion = _shift(torch.maximum(pial, wall), room, volume)
@@ -257,7 +261,7 @@ class PhantomGenerator:
     @cached_property
     def _course(self) -> tuple[Tensor, Tensor]:
         """Volume of the template's ventricles (mm³) over the time they grow."""
-        times = torch.linspace(-0.7, 6.3, 29, dtype=torch.float64, device=self.device)
+        times = torch.tensor(COURSE, dtype=torch.float64, device=self.device)
         step = atlas.GROWTH_STEP
         shape = (self._growth.shape[1], self._growth.shape[2], self._growth.shape[3])
         here = positions(GROWTH, shape, self.device)
@@ -371,7 +375,7 @@ def _ramp(distance: Tensor) -> Tensor:
 def _in_voxels(distance: Tensor) -> Tensor:
     """Distance to a surface in voxels here, of a distance measured before the warp."""
     slope = torch.stack(torch.gradient(distance, dim=(1, 2, 3))).square_().sum(0).sqrt_()
-    return distance / slope.clamp_(min=0.3)
+    return distance / slope.clamp_(min=0.15)
 
 
 def _shift(distance: Tensor, weight: Tensor, volume: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _is_lateral(place: tuple[float, ...], region: Mask) -> bool:
     if not (abs(x) < 30 and abs(y) < 30 and abs(z) < 28):
         return False
     width = np.flatnonzero(region.any(axis=(1, 2)))
-    return bool(abs(x) > 5 or width[-1] - width[0] > 20) and bool(width[-1] - width[0] < 95)
+    return bool(abs(x) > 5 or width[-1] - width[0] > 20) and bool(width[-1] - width[0] < 120)
 
 
 def _commonest(labels: NDArray[Any]) -> int:

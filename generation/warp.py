@@ -56,8 +56,13 @@ def look_up(field: Tensor, grid: Grid, points: Tensor) -> Tensor:
     return F.grid_sample(many, where, padding_mode="border", align_corners=True)
 
 
-def exponential(velocity: Tensor, grid: Grid, time: Tensor, *, squarings: int = 7) -> Tensor:
-    """Displacements after flowing along a stationary velocity field: scaling and squaring.
+def exponential(
+    velocity: Tensor, grid: Grid, time: Tensor, *, squarings: int = 4, steps: int = 8
+) -> Tensor:
+    """Displacements after flowing along a stationary velocity field.
+
+    Scaling and squaring gives the flow over a short time; points are then carried along it step by
+    step, which keeps strong contractions free of folds where squaring alone does not.
 
     Parameters
     ----------
@@ -67,8 +72,8 @@ def exponential(velocity: Tensor, grid: Grid, time: Tensor, *, squarings: int = 
         Where its samples lie.
     time
         ``(n,)``; negative flows backwards.
-    squarings
-        The first step is ``time / 2**squarings`` long.
+    squarings, steps
+        The flow over ``time / steps`` is squared up from ``time / steps / 2**squarings``.
 
     Returns
     -------
@@ -81,9 +86,12 @@ def exponential(velocity: Tensor, grid: Grid, time: Tensor, *, squarings: int = 
     """
     shape = (velocity.shape[1], velocity.shape[2], velocity.shape[3])
     here = positions(grid, shape, velocity.device)
-    moved = velocity * (time / 2**squarings).view(-1, 1, 1, 1, 1)
+    step = velocity * (time / steps / 2**squarings).view(-1, 1, 1, 1, 1)
     for _ in range(squarings):
-        moved = moved + look_up(moved, grid, here + moved)
+        step = step + look_up(step, grid, here + step)
+    moved = step
+    for _ in range(steps - 1):
+        moved = moved + look_up(step, grid, here + moved)
     return moved
 
 

@@ -33,6 +33,14 @@ def atlas_cache(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def phantom(atlas_cache):
+    """The phantom generator, which takes a while to get going; leave it as it is."""
+    from generation.phantom import PhantomGenerator
+
+    return PhantomGenerator(cache=atlas_cache)
+
+
 @pytest.fixture
 def phantom_home(home, atlas_cache):
     """A home whose phantoms find their atlas ready."""
