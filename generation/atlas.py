@@ -9,6 +9,7 @@ face and neck.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -124,8 +125,8 @@ def _read(path: Path) -> dict[str, NDArray[Any]] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {field.name: archive[field.name] for field in fields(Atlas)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return None  # RuntimeError: damage that makes an archive look encrypted, or of the future
 
 
 def _keep(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
@@ -135,8 +136,9 @@ def _keep(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
         with draft.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)  # a full or read-only disk costs time, nothing else
+    except OSError:  # a full or read-only disk costs time, nothing else
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def _derive() -> dict[str, NDArray[Any]]:

@@ -130,7 +130,22 @@ def _ventricles(image: Image, csf: float, tissue: Mask, skull: Mask) -> Image:
     """Part of each voxel that lies in a lateral ventricle."""
     from scipy import ndimage
 
-    labels, count = ndimage.label(skull & ~tissue)
+    dark = skull & ~tissue
+    inner = next((found for shut in range(3) if (found := _lateral(dark, shut)).any()), None)
+    if inner is None:
+        raise ValueError("found no lateral ventricles: is this a head with a closed skull?")
+    core = ndimage.binary_erosion(inner)
+    rim = ndimage.binary_dilation(inner) & ~core & ~(dark & ~inner)
+    around = ndimage.maximum_filter(image, size=5)
+    return np.where(core, 1, _above((around - image) / np.maximum(around - csf, 0.05)) * rim)
+
+
+def _lateral(dark: Mask, shut: int) -> Mask:
+    """The lateral ventricles among dark regions, after shutting holes ``2 * shut`` voxels wide."""
+    from scipy import ndimage
+
+    narrow = ndimage.binary_erosion(dark, iterations=shut) if shut else dark
+    labels, count = ndimage.label(narrow)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     candidates = [label for label in range(1, count + 1) if sizes[label] >= _SMALLEST]
     places = ndimage.center_of_mass(labels > 0, labels, candidates)
@@ -139,14 +154,11 @@ def _ventricles(image: Image, csf: float, tissue: Mask, skull: Mask) -> Image:
         for label, place in zip(candidates, places, strict=True)
         if _is_lateral(place, labels == label)
     ]
-    if not chosen:
-        raise ValueError("found no lateral ventricles: is this a head with a closed skull?")
     largest = sorted(chosen, key=lambda label: -sizes[label])[:2]
-    inner = np.isin(labels, largest)
-    core = ndimage.binary_erosion(inner)
-    rim = ndimage.binary_dilation(inner) & ~core & ~((labels > 0) & ~inner)
-    around = ndimage.maximum_filter(image, size=5)
-    return np.where(core, 1, _above((around - image) / np.maximum(around - csf, 0.05)) * rim)
+    found = np.isin(labels, largest)
+    if shut and found.any():
+        found = ndimage.binary_dilation(found, iterations=shut, mask=dark)
+    return np.asarray(found)
 
 
 def _is_lateral(place: tuple[float, ...], region: Mask) -> bool:

@@ -95,12 +95,29 @@ def mix(path):
         np.savez(file, tissue=np.zeros(3), other=np.ones(3))
 
 
+def flip(path, offset, bit):
+    """Flip a bit of the archive's first directory entry."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + offset] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def look_encrypted(path):
+    flip(path, 8, 0)
+
+
+def look_like_a_later_format(path):
+    flip(path, 6, 6)
+
+
 def make_a_folder(path):
     path.unlink()
     path.mkdir()
 
 
-@pytest.mark.parametrize("damage", [cut, empty, garble, mix])
+@pytest.mark.parametrize(
+    "damage", [cut, empty, garble, mix, look_encrypted, look_like_a_later_format]
+)
 def test_a_damaged_file_is_derived_again_and_replaced(kept, derived, damage):
     damage(kept)
     assert is_tiny(load_atlas(kept.parent))
@@ -211,12 +228,14 @@ def test_another_version_has_another_digest(monkeypatch):
 
 def test_another_template_has_another_digest(monkeypatch, tmp_path):
     monkeypatch.setattr(atlas, "template_folder", lambda: tmp_path)
-    found = set()
-    for content in (b"one", b"another"):
-        for name in atlas.TEMPLATE_FILES.values():
-            (tmp_path / name).write_bytes(content)
-            found.add(digest())
-    assert len(found) == 1 + len(atlas.TEMPLATE_FILES)
+    paths = [tmp_path / name for name in atlas.TEMPLATE_FILES.values()]
+    for path in paths:
+        path.write_bytes(b"one")
+    found = {digest()}
+    for path in paths:
+        path.write_bytes(b"another")
+        found.add(digest())
+    assert len(found) == 1 + len(paths)
 
 
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(origin="/nowhere/nilearn/__init__.py")])

@@ -111,7 +111,7 @@ def test_nothing_folds_far_beyond_the_range(generator):
         steps = [torch.diff(into, dim=axis)[:, :79, :111, :79] for axis in (1, 2, 3)]
         jacobian = torch.stack(steps, dim=-1).permute(1, 2, 3, 0, 4) / 2
         determinant = -torch.linalg.det(jacobian)  # x runs from right to left in a volume
-        assert determinant.min() > 0.01, table.iloc[start].tolist()
+        assert determinant.min() > 0, table.iloc[start].tolist()
 
 
 def test_ventricles_extrapolate(generator):
@@ -183,10 +183,11 @@ def test_its_identity_is_cheap_and_changes_with_the_version(monkeypatch, python)
     assert len({before, changed, PhantomGenerator().digest}) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda t: t.drop(columns="age"), lambda t: t.assign(age=np.nan)])
-def test_rows_must_be_whole(generator, damage):
-    with pytest.raises(CovariateError, match="age"):
-        generator.sample(damage(rows((0, 0.5, 0.2, 0.5))))
+def test_rows_must_be_whole(generator):
+    whole = rows((0, 0.5, 0.2, 0.5))
+    for table in (whole.drop(columns="age"), whole.assign(age=np.nan)):
+        with pytest.raises(CovariateError, match="age"):
+            generator.sample(table)
 
 
 def test_without_nilearn_it_says_what_to_install(monkeypatch):
