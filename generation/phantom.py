@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from generation import atlas
 from generation.covariates import BRAIN_VOLUME, NAMES, VENTRICULAR_VOLUME, conditioning
+from generation.levelset import in_voxels, ramp, shift_to_volume
 from generation.volumetry import REFERENCE_ICV
 from generation.warp import Grid, exponential, look_up, positions, spread
 
@@ -207,16 +208,16 @@ class PhantomGenerator:
         into_brain = _enlarge(self._into_brain(into_head, targets, traits))
         tissue, pial, ventricle = look_up(self._brain, self._brain_grid, into_brain).unbind(1)
         del into_head, into_brain
-        inside = _ramp(-skull)
-        ventricle = _in_voxels(ventricle)
-        ventricle += _shift(-ventricle, inside, targets.ventricular)
-        room = inside * _ramp(ventricle)
+        inside = ramp(-skull)
+        ventricle = in_voxels(ventricle)
+        ventricle += shift_to_volume(-ventricle, inside, targets.ventricular)
+        room = inside * ramp(ventricle)
         wall = 4.0 * (2.5 - ventricle)  # at least 1.5 mm of tissue around the ventricles
         pial += 1.6 * self._spread(traits, "cortex")[:, 0]
         volume = _bounded(targets.brain / REFERENCE_ICV, inside, room)
-        erosion = _shift(torch.maximum(pial, wall), room, volume)
+        erosion = shift_to_volume(torch.maximum(pial, wall), room, volume)
         pial -= erosion
-        matter = _ramp(torch.maximum(pial, wall - erosion)) * room
+        matter = ramp(torch.maximum(pial, wall - erosion)) * room
         tissue = _age(_ribbon(tissue, pial, erosion), ventricle, targets.age)
         image = _contrast(tissue, targets.age, traits) * matter + CSF * (inside - matter)
         image += _coat(head, traits) * (1 - inside)
@@ -365,50 +366,6 @@ def _enlarge(coordinates: Tensor) -> Tensor:
     moved = coordinates - positions(COARSE, COARSE_SHAPE, device)
     moved = F.interpolate(moved, scale_factor=2, mode="trilinear", align_corners=False)
     return moved.add_(positions(GRID, SHAPE, device))
-
-
-def _ramp(distance: Tensor) -> Tensor:
-    """Part of a voxel on the positive side of a surface at a distance in voxels."""
-    return (distance + 0.5).clamp(0, 1)
-
-
-def _in_voxels(distance: Tensor) -> Tensor:
-    """Distance to a surface in voxels here, of a distance measured before the warp."""
-    slope = torch.stack(torch.gradient(distance, dim=(1, 2, 3))).square_().sum(0).sqrt_()
-    return distance / slope.clamp_(min=0.15)
-
-
-def _shift(distance: Tensor, weight: Tensor, volume: Tensor) -> Tensor:
-    """How far to lower a level set so that a weighted volume lies above it.
-
-    Solves ``sum(weight * ramp(distance - shift)) = volume`` exactly (to 0.005 mm) from one weighted
-    histogram: the sum is a moving average of the histogram's tail.
-
-    Returns
-    -------
-    Tensor
-        ``(n, 1, 1, 1)``, mm, at most 5.5 either way.
-    """
-    reach, fine = 6.0, 100
-    shifts = [
-        _crossing(d, w, v, reach, fine)
-        for d, w, v in zip(distance, weight, volume.tolist(), strict=True)
-    ]
-    return torch.tensor(shifts, device=distance.device).view(-1, 1, 1, 1)
-
-
-def _crossing(distance: Tensor, weight: Tensor, volume: float, reach: float, fine: int) -> float:
-    bins = int(2 * reach * fine)
-    index = ((distance + reach) * fine).clamp_(0, bins - 1).long()
-    histogram = torch.bincount(index.flatten(), weight.flatten().double(), minlength=bins).cpu()
-    tail = histogram.flip(0).cumsum(0).flip(0)
-    window = F.pad(tail.cumsum(0), (1, 0))
-    above = (window[fine:] - window[:-fine]) / fine  # at shifts -reach + 0.5 + k / fine
-    k = int(torch.searchsorted(-above, -volume))
-    if not 0 < k < len(above):
-        return -reach + 0.5 + min(k, len(above) - 1) / fine
-    part = (above[k - 1] - volume) / (above[k - 1] - above[k])
-    return -reach + 0.5 + (k - 1 + float(part)) / fine
 
 
 def _ribbon(tissue: Tensor, pial: Tensor, erosion: Tensor) -> Tensor:
