@@ -19,9 +19,10 @@ from synthbrain.errors import UsageError
 from synthbrain.generators import load_generator
 from synthbrain.home import home
 from synthbrain.manifest import Manifest, Range
+from synthbrain.plan import Plan
 from synthbrain.progress import track
 from synthbrain.quantise import as_float, intensities
-from synthbrain.resolver import Plan, Resolver
+from synthbrain.resolver import Resolver
 from synthbrain.sources.folder import FolderSource
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ the numbers, the calibration and the checks are told in ``docs/covariates.md``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,6 +27,7 @@ from generation.covariates import (
     check_range,
     parse_sex,
 )
+from synthbrain.density import LOG_ROOT_TAU, TINY, Density, log_interval, truncated_normal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,9 +47,6 @@ MIN_ROWS = 50
 
 _THIN = 1e-9  # normalised
 _FARTHEST = 1_000.0  # a bound further out overflows long before it means anything
-_NEGLIGIBLE = 30.0  # nats below the peak: what a double cannot tell from nothing
-_LOG_ROOT_TAU = 0.9189385332046727
-_TINY = 2.0**-54
 _CHUNK = 8_192  # rows whose densities are tabulated at once: 10 MB an array
 _STREAM = 0xC0  # keeps these draws apart from other Philox streams of the same seed
 
@@ -198,7 +196,7 @@ class JointDistribution:
         }
         bounds = {of: _check(of.name, pair, f"{of.name} range") for of, pair in asked.items()}
         within = _Within(*(_natural(of, pair) for of, pair in bounds.items()))
-        uniform = np.maximum(_generator(seed).random((4, n)), _TINY)
+        uniform = np.maximum(_generator(seed).random((4, n)), TINY)
         sexes, ages = self._draw_sex_and_age(uniform[0], uniform[1], sex, within)
         ventricles, brain = np.empty(n), np.empty(n)
         for start in range(0, n, _CHUNK):
@@ -296,7 +294,7 @@ class JointDistribution:
                     f"only sex {1 - value}; ask for that one, or fit to rows with both"
                 )
 
-    def _age_density(self, sex: float, within: _Within) -> _Density:
+    def _age_density(self, sex: float, within: _Within) -> Density:
         """Age given the sex and both ranges of volumes, up to a factor: one row."""
 
         def log_density(age: Array) -> Array:
@@ -305,7 +303,7 @@ class JointDistribution:
             return self._log_age(age) + mass.reshape(age.shape)
 
         low, high = (np.array([bound]) for bound in within.age)
-        return _Density.of(log_density, low, high, nodes=513)
+        return Density.of(log_density, low, high, nodes=513)
 
     def _log_age(self, age: Array) -> Array:
         if not self.age_knots:
@@ -326,7 +324,7 @@ class JointDistribution:
         slope = self.brain_age + self.brain_age2 * a
         return self.brain_level + slope * a + self.brain_male * sex + given_v
 
-    def _ventricular_density(self, sex: Array, age: Array, within: _Within) -> _Density:
+    def _ventricular_density(self, sex: Array, age: Array, within: _Within) -> Density:
         """Standardised asinh volume given sex, age and both ranges, one density per row."""
         mean = self._ventricular_mean(sex, age)[:, None]
         low, high = (
@@ -338,12 +336,12 @@ class JointDistribution:
             volume = self.ventricular_scale * np.sinh(mean + self.ventricular_sd * z)
             centre = self._brain_mean(sex[:, None], age[:, None], volume)
             low, high = ((bound - centre) / self.brain_sd for bound in within.brain)
-            return -0.5 * z**2 - _LOG_ROOT_TAU + _log_interval(low, high)
+            return -0.5 * z**2 - LOG_ROOT_TAU + log_interval(low, high)
 
         # 40 standard deviations hold all that a double can; the nodes go where the mass is
         nearest = np.clip(0.0, low, high)
         low, high = np.maximum(low, nearest - 40), np.minimum(high, nearest + 40)
-        return _Density.of(log_density, low, high, nodes=161)
+        return Density.of(log_density, low, high, nodes=161)
 
     def _draw_volumes(
         self, uniform: Array, sex: Array, age: Array, within: _Within
@@ -353,7 +351,7 @@ class JointDistribution:
         ventricles = np.clip(self.ventricular_scale * np.sinh(transformed), *within.ventricles)
         centre = self._brain_mean(sex, age, ventricles)
         low, high = ((bound - centre) / self.brain_sd for bound in within.brain)
-        return ventricles, centre + self.brain_sd * _truncated_normal(low, high, uniform[1])
+        return ventricles, centre + self.brain_sd * truncated_normal(low, high, uniform[1])
 
 
 @dataclass(frozen=True)
@@ -363,114 +361,6 @@ class _Within:
     age: Bounds
     ventricles: Bounds
     brain: Bounds
-
-
-@dataclass(frozen=True)
-class _Density:
-    """Densities, one a row, log-linear between nodes; of one node: a point mass."""
-
-    x: Array
-    log_p: Array
-
-    @classmethod
-    def of(
-        cls, log_density: Callable[[Array], Array], low: Array, high: Array, *, nodes: int
-    ) -> _Density:
-        """Tabulate a density between bounds of shape ``(rows,)``, where its mass is."""
-        if (low == high).all():
-            return cls(low[:, None], log_density(low[:, None]))
-        for _ in range(2):
-            x = _between(low, high, 33)
-            log_p = log_density(x)
-            kept = log_p >= log_p.max(axis=1, keepdims=True) - _NEGLIGIBLE
-            first = np.maximum(kept.argmax(axis=1) - 1, 0)
-            last = np.minimum(33 - kept[:, ::-1].argmax(axis=1), 32)
-            rows = np.arange(len(x))
-            low, high = x[rows, first], x[rows, last]
-        x = _between(low, high, nodes)
-        return cls(x, log_density(x))
-
-    @property
-    def log_mass(self) -> Array:
-        """Logarithm of each row's integral (of the density itself at a point), ``(rows,)``."""
-        if self.x.shape[1] == 1:
-            return self.log_p[:, 0]
-        return self.log_p.max(axis=1) + np.log(self._cells().sum(axis=1))
-
-    def quantile(self, u: Array) -> Array:
-        """Inverse CDF: of each row at its own ``u``, or of the only row at every ``u``."""
-        if self.x.shape[1] == 1:
-            return np.broadcast_to(self.x[:, 0], u.shape)
-        edges = np.cumsum(self._cells(), axis=1)
-        if len(edges) == 1:
-            rows = np.zeros(len(u), dtype=np.intp)
-            target = u * edges[0, -1]
-            cell = np.searchsorted(edges[0], target)
-        else:
-            rows = np.arange(len(u))
-            target = u * edges[:, -1]
-            cell = (edges < target[:, None]).sum(axis=1)
-        cell = np.minimum(cell, edges.shape[1] - 1)
-        before = np.where(cell > 0, edges[rows, cell - 1], 0.0)
-        share = np.clip((target - before) / (edges[rows, cell] - before), 0.0, 1.0)
-        start, end = self.x[rows, cell], self.x[rows, cell + 1]
-        slope = self.log_p[rows, cell + 1] - self.log_p[rows, cell]
-        return start + (end - start) * _exponential_quantile(share, slope)
-
-    def _cells(self) -> Array:
-        log_p = self.log_p - self.log_p.max(axis=1, keepdims=True)
-        p, slope = np.exp(log_p), np.diff(log_p, axis=1)
-        flat = np.abs(slope) < 1e-5
-        mean = np.where(flat, (p[:, 1:] + p[:, :-1]) / 2, np.diff(p) / np.where(flat, 1.0, slope))
-        return mean * np.diff(self.x, axis=1)
-
-
-def _between(low: Array, high: Array, count: int) -> Array:
-    steps = np.linspace(0.0, 1.0, count)
-    return low[:, None] * (1 - steps) + high[:, None] * steps
-
-
-def _exponential_quantile(u: Array, slope: Array) -> Array:
-    """Inverse CDF on [0, 1] of the density proportional to ``exp(slope x)``."""
-    falling = np.minimum(np.where(slope > 0, 1 - u, u), 1 - 2 * _TINY)
-    rate = np.abs(slope)
-    flat = rate < 1e-8
-    x = np.log1p(falling * np.expm1(-rate)) / np.where(flat, 1.0, -rate)
-    x = np.clip(np.where(flat, falling, x), 0.0, 1.0)
-    return np.where(slope > 0, 1 - x, x)
-
-
-def _to_left_tail(low: Array, high: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """The interval mirrored where it lies right of 0: the left tail is where CDFs are exact."""
-    mirrored = low + high > 0
-    return np.where(mirrored, -high, low), np.where(mirrored, -low, high), mirrored
-
-
-def _log_interval(low: Array, high: Array) -> Array:
-    """Log probability of an interval under the standard normal; log density if it is a point."""
-    from scipy.special import log_ndtr
-
-    low, high, _ = _to_left_tail(low, high)
-    middle, width = (low + high) / 2, high - low
-    at_middle = -0.5 * middle**2 - _LOG_ROOT_TAU
-    if not width.any():
-        return at_middle
-    below, up_to = log_ndtr(low), log_ndtr(high)
-    with np.errstate(divide="ignore"):
-        wide = up_to + np.log1p(-np.exp(below - up_to))
-        narrow = at_middle + np.log(width)
-    return np.where(width * np.maximum(1.0, -middle) < 1e-4, narrow, wide)
-
-
-def _truncated_normal(low: Array, high: Array, u: Array) -> Array:
-    """Inverse CDF at ``u`` of the standard normal truncated to an interval."""
-    from scipy.special import log_ndtr, ndtri_exp
-
-    low, high, mirrored = _to_left_tail(low, high)
-    u = np.where(mirrored, 1 - u, u)
-    log_cdf = np.logaddexp(log_ndtr(low) + np.log1p(-u), log_ndtr(high) + np.log(u))
-    x = np.clip(ndtri_exp(log_cdf), low, high)
-    return np.where(mirrored, -x, x)
 
 
 def _regress(design: Array, target: Array) -> tuple[Array, float]:

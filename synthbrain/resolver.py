@@ -32,6 +32,7 @@ from synthbrain.errors import (
     UsageError,
 )
 from synthbrain.generators import identity
+from synthbrain.plan import Plan, size_text
 from synthbrain.quantise import Array, quantise
 from synthbrain.store import Store
 
@@ -47,67 +48,14 @@ log = logging.getLogger("synthbrain")
 PUBLISHED = "published"
 """Stands where a generator's identity does, for volumes that were published."""
 
-_BYTES_PER_VOXEL = 0.32
-"""Measured on T1w volumes, uint8 and zstd 1; only for estimates."""
+_BYTES_PER_VOXEL = 0.43
+"""Measured on phantoms, uint8 and zstd 1; only for estimates."""
 
 _POLL_SECONDS = 0.2
 
 
 class ReadOnlyStoreWarning(UserWarning):
     """Volumes were made but could not be kept."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What it takes to have some rows. All index arrays count rows of the manifest.
-
-    Parameters
-    ----------
-    stored
-        Already on disk.
-    fetch
-        Rows to fetch, by source name.
-    sample
-        Rows the generator will make.
-    unavailable
-        Rows nothing here can give.
-    bytes_to_store
-        Disk the new volumes will take, estimated.
-    bytes_to_fetch
-        Bytes to transfer from sources.
-    seconds
-        Rough time for all of it.
-    bytes_free
-        Free disk where the store is.
-    """
-
-    stored: NDArray[np.int64]
-    fetch: dict[str, NDArray[np.int64]]
-    sample: NDArray[np.int64]
-    unavailable: NDArray[np.int64]
-    bytes_to_store: int
-    bytes_to_fetch: int
-    seconds: float
-    bytes_free: int
-
-    @property
-    def missing(self) -> int:
-        """Rows that are not stored and can be had."""
-        return len(self.sample) + sum(map(len, self.fetch.values()))
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.stored):,} stored"]
-        lines += [f"{len(rows):,} to fetch from {name}" for name, rows in self.fetch.items()]
-        if len(self.sample):
-            lines.append(f"{len(self.sample):,} to sample")
-        if len(self.unavailable):
-            lines.append(f"{len(self.unavailable):,} not available")
-        if self.missing:
-            lines.append(f"about {_duration(self.seconds)}")
-            lines.append(f"{_size(self.bytes_to_store)} of {_size(self.bytes_free)} free disk")
-        if self.bytes_to_fetch:
-            lines.append(f"{_size(self.bytes_to_fetch)} to transfer")
-        return ", ".join(lines)
 
 
 @dataclass(eq=False)
@@ -271,8 +219,8 @@ class Resolver:
         """
         if plan.missing and plan.bytes_to_store > plan.bytes_free:
             raise StoreFullError(
-                f"{plan.missing:,} volumes need about {_size(plan.bytes_to_store)}, but "
-                f"{self.folder} has {_size(plan.bytes_free)} free; free some space, choose "
+                f"{plan.missing:,} volumes need about {size_text(plan.bytes_to_store)}, but "
+                f"{self.folder} has {size_text(plan.bytes_free)} free; free some space, choose "
                 "another folder with store= (--store, SYNTHBRAIN_HOME), or ask for fewer rows"
             )
         self._unwritable = False  # it may be writable by now
@@ -513,19 +461,3 @@ class Resolver:
 def _free(folder: Path) -> int:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -20,8 +20,9 @@ from synthbrain.errors import (
 from synthbrain.generators import identity
 from synthbrain.header import Geometry
 from synthbrain.manifest import Manifest
+from synthbrain.plan import Plan
 from synthbrain.quantise import quantise
-from synthbrain.resolver import Plan, ReadOnlyStoreWarning, Resolver
+from synthbrain.resolver import ReadOnlyStoreWarning, Resolver
 from synthbrain.rows import make_table
 from synthbrain.sources.base import Cost
 from synthbrain.testing import TINY, TinyGenerator, tiny_manifest

@@ -7,7 +7,8 @@ from generation.volumetry import REFERENCE_ICV, measure
 SHAPE = (160, 224, 160)
 CENTRE = np.array((79.5, 111.5, 74.5))
 HEAD, SKULL, INNER, BRAIN, CORE = [
-    np.array(axes) for axes in ((76, 96, 72), (71, 90, 68), (66, 84, 63), (61, 78, 58), (53, 68, 50))
+    np.array(axes)
+    for axes in ((76, 96, 72), (71, 90, 68), (66, 84, 63), (61, 78, 58), (53, 68, 50))
 ]
 AIR, SKIN, BONE, CSF, GREY, WHITE = 0.0, 0.6, 0.03, 0.16, 0.5, 0.72
 
@@ -104,7 +105,6 @@ def test_the_third_ventricle_alone_is_none():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_a_blank_volume_is_refused(value):
+def test_an_empty_volume_is_refused():
     with pytest.raises(ValueError, match="found no lateral ventricles"):
-        measure(np.full(SHAPE, value, np.float32))
+        measure(np.zeros(SHAPE, np.float32))
