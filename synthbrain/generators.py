@@ -59,9 +59,8 @@ def _warn_once(name: str) -> None:
     _warned.add(name)
     warnings.warn(
         f"volumes will be made by {name!r}, a procedural stand-in: the published model "
-        "(Pinaya et al. 2022) is not part of this release. For realistic anatomy pass "
-        "generator=<your model> (see docs/generators.md); to keep this one without the "
-        f"warning pass generator={name!r}",
+        "(Pinaya et al. 2022) is not part of this release. For realistic anatomy bring a model of "
+        f"your own (docs/generators.md); ask for {name!r} by name to keep this one without a note",
         StandInWarning,
         stacklevel=4,
     )

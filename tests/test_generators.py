@@ -25,7 +25,7 @@ def test_a_generator_is_loaded_by_its_name():
 def test_auto_takes_the_first_and_says_so_once():
     with pytest.warns(StandInWarning, match="not part of this release") as caught:
         assert isinstance(load_generator("auto"), TinyGenerator)
-    assert "generator='tiny'" in str(caught[0].message)
+    assert "ask for 'tiny' by name" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_generator("auto")

@@ -67,7 +67,7 @@ def select(
 
 
 def draw(
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="How many brains.")],
+    n: Annotated[int, typer.Option("-n", metavar="N", help="How many brains.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new cohort.")],
     age: Age = None,
     sex: Annotated[
@@ -83,7 +83,7 @@ def draw(
                      rich_help_panel="Which rows"),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, metavar="S", help="The same seed, the same cohort.")
+        int, typer.Option(metavar="S", help="The same seed, the same cohort.")
     ] = 0,
     extrapolate: Extrapolate = False,
     overwrite: Overwrite = False,
