@@ -74,12 +74,11 @@ class Report:
     """All that a run found."""
 
     rows: list[Row]
+    """As each method runs by itself, with all cores."""
+    pinned: list[Row]
+    """The same, held to one core."""
     loaders: list[LoaderRow]
     absent: list[str]
-
-    def row(self, name: str) -> Row:
-        """The row of that name."""
-        return next(row for row in self.rows if row.name == name)
 
 
 def benchmark(
@@ -113,10 +112,17 @@ def benchmark(
     """
     say("making volumes and writing every format")
     volumes = apart(_make, folder, manifest, generator, patch)
+    say("timing on all cores")
+    rows, absent = apart(time_readers, volumes, rounds, seed, False)
     say("timing on one core")
-    rows, absent = apart(time_readers, volumes, rounds, seed)
+    pinned, _ = apart(time_readers, volumes, rounds, seed, True)
     say("timing DataLoaders")
-    return Report(rows, apart(time_loaders, volumes, loader_volumes, rounds, seed), absent)
+    return Report(rows, pinned, apart(time_loaders, volumes, loader_volumes, rounds, seed), absent)
+
+
+def named(rows: Iterable[Row], name: str) -> Row:
+    """The row of that name."""
+    return next(row for row in rows if row.name == name)
 
 
 def apart(task: Callable[..., Result], *args: Any) -> Result:
@@ -132,11 +138,14 @@ def _make(folder: Path, manifest: Manifest, generator: Any, patch: int) -> Volum
     return replace(volumes)  # leaves behind what was opened here
 
 
-def time_readers(volumes: Volumes, rounds: int, seed: int) -> tuple[list[Row], list[str]]:
-    """Time every reader on one core, in turns, after checking it once on every volume."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
+def time_readers(
+    volumes: Volumes, rounds: int, seed: int, pinned: bool
+) -> tuple[list[Row], list[str]]:
+    """Time every reader, in turns, after checking it once on every volume."""
+    if pinned:
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     opened = open_readers(volumes)
     readers = {name: reader for name, reader in opened.items() if reader is not None}
     for name, reader in readers.items():
@@ -253,8 +262,10 @@ def ratio(slow: Times, fast: Times) -> float:
 def render(report: Report, heading: Sequence[str]) -> str:
     """The report as a Markdown page."""
     parts = {
-        "Whole volumes, one core": _table(report, "whole"),
-        "Patches, one core": _table(report, "patch"),
+        "Whole volumes": _table(report.rows, report.absent, "whole"),
+        "Patches": _table(report.rows, report.absent, "patch"),
+        "Whole volumes, held to one core": _table(report.pinned, report.absent, "whole"),
+        "Patches, held to one core": _table(report.pinned, report.absent, "patch"),
         "DataLoader, batches of 4": _loader_table(report.loaders),
         "Targets": (f"- {line}" for line in targets(report)),
     }
@@ -264,14 +275,14 @@ def render(report: Report, heading: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(report: Report, what: str) -> Iterator[str]:
+def _table(rows: list[Row], absent: list[str], what: str) -> Iterator[str]:
     names = ["method", "on disk", "compressed", "MB a volume"]
     names += ["ms, median", "ms, least", "× nibabel's speed", "× the limit's time"]
     names += ["patches"] if what == "patch" else []
     yield _line(names)
     yield _line("--:" if name[:2] in ("MB", "ms", "× ") else "---" for name in names)
-    nibabel, limit = (getattr(report.row(name), what) for name in (NIBABEL, LIMIT))
-    for row in report.rows:
+    nibabel, limit = (getattr(named(rows, name), what) for name in (NIBABEL, LIMIT))
+    for row in rows:
         times = getattr(row, what)
         cells = [
             row.name, row.stored, "yes" if row.compressed else "no", f"{row.size / 1e6:.1f}",
@@ -279,7 +290,7 @@ def _table(report: Report, what: str) -> Iterator[str]:
             f"{ratio(nibabel, times):.2f}", f"{ratio(times, limit):.2f}", row.how,
         ]  # fmt: skip
         yield _line(cells[: len(names)])
-    for name in report.absent:
+    for name in absent:
         yield _line([name, "not installed", *[""] * (len(names) - 2)])
 
 
@@ -301,8 +312,8 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def targets(report: Report) -> Iterator[str]:
-    """PASS or FAIL for each target of our loading."""
-    ours, nibabel, limit = (report.row(name) for name in (OURS, NIBABEL, LIMIT))
+    """PASS or FAIL for each target of our loading, each method running as it does by itself."""
+    ours, nibabel, limit = (named(report.rows, name) for name in (OURS, NIBABEL, LIMIT))
     yield _verdict("whole volumes, times as fast as nibabel", ratio(nibabel.whole, ours.whole), 12)
     yield _verdict("patches, times as fast as nibabel", ratio(nibabel.patch, ours.patch), 25)
     for what in ("whole", "patch"):

@@ -301,7 +301,9 @@ where, ids, limit, extrapolate
 
     def _tensor(self, stored: Array, start: Array | None) -> torch.Tensor:
         geometry = self.manifest.header.geometry
-        values = stored if self.dtype == "uint8" else intensities(stored, geometry)
+        values = (
+            stored if self.dtype == "uint8" else intensities(stored, geometry, threads=_threads())
+        )
         tensor = torch.from_numpy(values).to(_DTYPES[self.dtype]).unsqueeze(0)
         if not self.meta_tensor:
             return tensor

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import torch
 
     from synthbrain.header import Geometry
@@ -18,6 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 TOLERANCE = 1e-3
 """How far outside [0, 1] rounding may carry a value before it counts as wrong."""
+
+
+_WORTH_SHARING = 2**20
 
 
 def quantise(values: Array, geometry: Geometry) -> Array:
@@ -40,11 +46,21 @@ def quantise(values: Array, geometry: Geometry) -> Array:
     return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
 
 
-def intensities(stored: Array, geometry: Geometry) -> Array:
-    """Stored values to float32 intensities in [0, 1]."""
+def intensities(stored: Array, geometry: Geometry, *, threads: Executor | None = None) -> Array:
+    """Stored values to float32 intensities in [0, 1], large arrays on a pool if there is one."""
     if geometry.dtype != "uint8":
         return stored.astype(np.float32)
-    return np.multiply(stored, np.float32(geometry.scale), dtype=np.float32)
+    values = np.empty(stored.shape, np.float32)
+
+    def cast(part: slice) -> None:
+        np.multiply(stored[part], np.float32(geometry.scale), out=values[part], dtype=np.float32)
+
+    if threads is None or stored.size < _WORTH_SHARING:
+        cast(slice(None))
+    else:
+        edges = [len(stored) * k // 4 for k in range(5)]
+        deque(threads.map(cast, map(slice, edges[:-1], edges[1:])), maxlen=0)
+    return values
 
 
 def as_float(

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +95,13 @@ def test_as_float_leaves_floats_alone():
     image = torch.rand(3)
     assert as_float(image) is image
     assert as_float(image, torch.device("meta")).device.type == "meta"
+
+
+def test_intensities_are_the_same_on_a_pool():
+    geometry = Geometry()
+    stored = np.random.default_rng(0).integers(0, 256, geometry.shape).astype(np.uint8)
+    alone = intensities(stored, geometry)
+    with ThreadPoolExecutor(2) as threads:
+        shared = intensities(stored, geometry, threads=threads)
+    assert np.array_equal(alone, shared)
+    assert np.array_equal(alone, stored * np.float32(geometry.scale))

@@ -42,6 +42,7 @@ def test_every_method_delivers_the_same_voxels_and_the_page_renders(loading, mon
     assert {row.name for row in report.rows} | set(report.absent) == set(loading.READERS)
     assert all((row.whole > 0).all() and (row.patch > 0).all() for row in report.rows)
     assert all(row.size > 0 for row in report.rows)
+    assert [row.name for row in report.pinned] == [row.name for row in report.rows]
     assert len(report.loaders) == 6
 
     page = loading.render(report, ["# Title"])
@@ -49,7 +50,7 @@ def test_every_method_delivers_the_same_voxels_and_the_page_renders(loading, mon
         assert f"\n## {title}" in page
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {9, 10, 6}
-    assert page.count("| not here | not installed |") == 2
+    assert page.count("| not here | not installed |") == 4
     verdicts = [line for line in page.splitlines() if line.startswith(("- PASS: ", "- FAIL: "))]
     assert len(verdicts) == 5
 
