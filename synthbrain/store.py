@@ -287,7 +287,7 @@ class Store:
             ) from error
         expected = self.metadata()
         for key in ("shape", "data_type", "chunk_grid", "codecs", "chunk_key_encoding"):
-            if found.get(key) != expected[key]:
+            if _without_level(found.get(key)) != _without_level(expected[key]):
                 raise GeometryError(
                     f"{path} holds {key} {_short(found.get(key))}, this manifest needs "
                     f"{_short(expected[key])}; use another store folder"
@@ -393,6 +393,13 @@ def _endian(dtype: str) -> dict[str, Any]:
     if np.dtype(dtype).itemsize == 1:
         return {}
     return {"configuration": {"endian": "little"}}
+
+
+def _without_level(value: Any) -> Any:
+    """Metadata without what only matters to writers: how hard zstd tried."""
+    if isinstance(value, dict):
+        return {key: _without_level(item) for key, item in value.items() if key != "level"}
+    return [_without_level(item) for item in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

@@ -31,7 +31,7 @@ def layouts(draw):
     grid = tuple(draw(st.integers(1, 3)) for _ in range(axes))
     shape = tuple(c * g for c, g in zip(chunks, grid, strict=True))
     dtype = draw(st.sampled_from(["uint8", "float16", "float32", "int16"]))
-    return ShardLayout(shape, chunks, dtype, level=draw(st.integers(1, 3)))
+    return ShardLayout(shape, chunks, dtype, level=draw(st.integers(-3, 3)))
 
 
 @st.composite

@@ -57,7 +57,7 @@ def by_zarr(tmp_path):
             shards=(1, *geometry.shape),
             chunks=(1, *geometry.chunks),
             dtype=geometry.dtype,
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            compressors=[ZstdCodec(level=-1), Crc32cCodec()],
             chunk_key_encoding={"name": "default", "separator": "."},
             fill_value=0,
             zarr_format=3,
