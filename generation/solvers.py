@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from generation.diffusion import Schedule, Table
 
@@ -48,7 +49,7 @@ class Solution:
         ``(n,)`` and ``(n, 3)`` coefficients.
     """
 
-    timesteps: np.ndarray[tuple[int], np.dtype[np.int64]]
+    timesteps: NDArray[np.int64]
     alpha: Table
     sigma: Table
     keep: Table
@@ -64,12 +65,11 @@ class Solution:
 
 
 class _Builder:
-    """Rows of a :class:`Solution`, one per evaluation."""
+    """Collects a :class:`Solution` one evaluation after the other."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, float, float, float, list[float], float, list[float]]] = []
-        self.excess: list[float] = []
-        self.noise: list[float] = []
+        self.points: list[_Point] = []
+        self.rows: list[tuple[float, list[float], float, list[float], float, float]] = []
 
     def add(
         self,
@@ -82,15 +82,24 @@ class _Builder:
         excess: float = 0.0,
         noise: float = 0.0,
     ) -> None:
-        row = (at.t, at.alpha, at.sigma, keep, _padded(carry), base, _padded(push))
-        self.rows.append(row)
-        self.excess.append(excess)
-        self.noise.append(noise)
+        self.points.append(at)
+        self.rows.append((keep, _padded(carry), base, _padded(push), excess, noise))
 
     def build(self) -> Solution:
-        columns = [np.array(column, np.float64) for column in zip(*self.rows, strict=True)]
-        columns[0] = columns[0].astype(np.int64)
-        return Solution(*columns, np.array(self.excess), np.array(self.noise))
+        keep, carry, base, push, excess, noise = (
+            np.array(column, np.float64) for column in zip(*self.rows, strict=True)
+        )
+        return Solution(
+            timesteps=np.array([point.t for point in self.points]),
+            alpha=np.array([point.alpha for point in self.points]),
+            sigma=np.array([point.sigma for point in self.points]),
+            keep=keep,
+            carry=carry,
+            base=base,
+            push=push,
+            excess=excess,
+            noise=noise,
+        )
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,7 @@ def _combined(
     return total
 
 
-def timesteps(
-    schedule: Schedule, steps: int, spacing: str
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def timesteps(schedule: Schedule, steps: int, spacing: str) -> NDArray[np.int64]:
     """Where in a schedule to evaluate, from noise to volume.
 
     Parameters
@@ -211,7 +218,7 @@ def timesteps(
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'logsnr', found {spacing!r}")
 
 
-def _even_in_log_snr(schedule: Schedule, steps: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _even_in_log_snr(schedule: Schedule, steps: int) -> NDArray[np.int64]:
     levels = schedule.log_snr[::-1]
     wanted = np.linspace(levels[0], levels[-1], steps)
     times = np.round(np.interp(wanted, levels, np.arange(len(levels))[::-1])).astype(np.int64)

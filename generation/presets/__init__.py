@@ -61,7 +61,10 @@ class Preset(_Strict):
             ``"unet"``, or ``"autoencoder"`` for latent systems.
         """
         import torch
-        from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+        from monai.networks.nets import (  # type: ignore[attr-defined]
+            AutoencoderKL,
+            DiffusionModelUNet,
+        )
 
         kind = AutoencoderKL if network == "autoencoder" else DiffusionModelUNet
         with torch.device("meta"):
