@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from generation.layers import CHANNELS_LAST, Convolution, Norm, Upsampling
 from generation.rewrites import (
     Affine,
     behind_layer_norm,
@@ -21,10 +22,7 @@ from generation.rewrites import (
     single_token_attention,
     stacked,
     time_table,
-    upsampling_kernel,
 )
-
-CHANNELS_LAST = torch.channels_last_3d
 
 
 class FastUNet(nn.Module):
@@ -65,7 +63,7 @@ class FastUNet(nn.Module):
         self.dtype = dtype
         self.channels = split
         self.register_buffer("constant_weight", kernel[:, split:].clone())
-        self.conv_in = _Conv(kernel[:, :split], None if constants else _bias(source), dtype)
+        self.conv_in = Convolution(kernel[:, :split], None if constants else _bias(source), dtype)
         self.register_buffer("bias_in", _bias(source).clone() if constants else None)
         self._biases: list[Tensor] = []
         self._vectors: list[Affine] = []
@@ -83,8 +81,8 @@ class FastUNet(nn.Module):
         self.up = nn.ModuleList(
             [_Level(self, block, embedded, block.upsampler) for block in source.up_blocks]
         )
-        self.norm_out = _Norm(source.out[0])
-        self.conv_out = _Conv(source.out[2].conv.weight, source.out[2].conv.bias, dtype)
+        self.norm_out = Norm(source.out[0])
+        self.conv_out = Convolution(source.out[2].conv.weight, source.out[2].conv.bias, dtype)
         self.register_buffer("table", torch.cat(self._biases, 1).to(dtype))
         self._register_vectors()
         del self._biases, self._vectors
@@ -217,13 +215,15 @@ class _Res(nn.Module):
         super().__init__()
         self.place = place
         self.up, self.down = block.upsample is not None, block.downsample is not None
-        self.norm1, self.norm2 = _Norm(block.norm1), _Norm(block.norm2)
+        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
         kernel = block.conv1.conv.weight
-        self.conv1 = _Up(kernel, None, dtype) if self.up else _Conv(kernel, None, dtype)
-        self.conv2 = _Conv(block.conv2.conv.weight, block.conv2.conv.bias, dtype)
+        self.conv1 = (
+            Upsampling(kernel, None, dtype) if self.up else Convolution(kernel, None, dtype)
+        )
+        self.conv2 = Convolution(block.conv2.conv.weight, block.conv2.conv.bias, dtype)
         skip = block.skip_connection
         plain = isinstance(skip, nn.Identity)
-        self.skip = nn.Identity() if plain else _Conv(skip.conv.weight, skip.conv.bias, dtype)
+        self.skip = nn.Identity() if plain else Convolution(skip.conv.weight, skip.conv.bias, dtype)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         h = self.norm1(x, activate=True)
@@ -241,7 +241,7 @@ class _Transformer(nn.Module):
 
     def __init__(self, block: Any, places: Sequence[slice], dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = _Norm(block.norm)
+        self.norm = Norm(block.norm)
         self.proj_in = _Linear(_flat(block.proj_in.conv), dtype)
         self.layers = nn.ModuleList(
             [
@@ -286,82 +286,13 @@ class _SelfAttention(nn.Module):
         super().__init__()
         attention = block.attn
         self.heads, self.scale = attention.num_heads, attention.scale
-        self.norm = _Norm(block.norm)
+        self.norm = Norm(block.norm)
         self.qkv = _Linear(stacked([attention.to_q, attention.to_k, attention.to_v]), dtype)
         self.out = _Linear(Affine(attention.out_proj.weight, attention.out_proj.bias), dtype)
 
     def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
         tokens = _attend(self.qkv(_tokens(self.norm(x))), self.heads, self.scale)
         return x + _volume(self.out(tokens), x)
-
-
-class _Norm(nn.Module):
-    """Group norm with statistics and affine map in float32 at least."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
-        self.register_buffer("weight", norm.weight.detach().clone())
-        self.register_buffer("bias", norm.bias.detach().clone())
-
-    def forward(self, x: Tensor, activate: bool = False) -> Tensor:
-        if x.device.type == "cpu":
-            h = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
-        else:
-            h = grouped_norm(x, self.groups, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
-        return F.silu(h, inplace=True) if activate else h
-
-
-def grouped_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group norm from plain operations, which compilers fuse and which keep channels last.
-
-    Parameters
-    ----------
-    x
-        ``(n, c, x, y, z)``.
-    groups, weight, bias, eps
-        As of :class:`torch.nn.GroupNorm`; the affine map in the type of the statistics.
-    """
-    values = x.to(weight.dtype)
-    grouped = values.unflatten(1, (groups, -1))
-    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0)
-    factor = torch.rsqrt(variance + eps)
-    per_channel = x.shape[1] // groups
-    scale = factor.repeat_interleave(per_channel, 1) * weight
-    shift = bias - mean.repeat_interleave(per_channel, 1) * scale
-    shaped = (len(x), -1, 1, 1, 1)
-    return (values * scale.view(shaped) + shift.view(shaped)).to(x.dtype)
-
-
-class _Conv(nn.Module):
-    """Convolution with stride 1 or 2 that keeps its kernel channels-last."""
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, stride: int = 1
-    ) -> None:
-        super().__init__()
-        kernel = weight.detach().to(dtype, copy=True, memory_format=CHANNELS_LAST)
-        self.padding, self.stride = weight.shape[-1] // 2, stride
-        self.register_buffer("weight", kernel)
-        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype, copy=True))
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        bias = self.bias if bias is None else bias  # type: ignore[assignment]
-        return F.conv3d(x, self.weight, bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
-
-
-class _Up(nn.Module):
-    """Nearest ×2 and a 3³ convolution in one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        kernel = upsampling_kernel(weight.detach()).to(dtype, memory_format=CHANNELS_LAST)
-        self.register_buffer("weight", kernel)
-        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype, copy=True))
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        bias = self.bias if bias is None else bias  # type: ignore[assignment]
-        return F.conv_transpose3d(x, self.weight, bias, stride=2, padding=1)  # type: ignore[arg-type]
 
 
 class _Linear(nn.Module):
@@ -388,8 +319,8 @@ class _WithoutTime(nn.Module):
 
 def _resampler(block: Any, dtype: torch.dtype) -> nn.Module:
     if hasattr(block, "op"):
-        return _WithoutTime(_Conv(block.op.conv.weight, block.op.conv.bias, dtype, stride=2))
-    return _WithoutTime(_Up(block.postconv.conv.weight, block.postconv.conv.bias, dtype))
+        return _WithoutTime(Convolution(block.op.conv.weight, block.op.conv.bias, dtype, stride=2))
+    return _WithoutTime(Upsampling(block.postconv.conv.weight, block.postconv.conv.bias, dtype))
 
 
 def _attend(qkv: Tensor, heads: int, scale: float) -> Tensor:

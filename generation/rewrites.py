@@ -6,7 +6,7 @@ numbers up to rounding. They work in the precision they are given: pass float32 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ def single_token_attention(attention: nn.Module) -> Affine:
     Affine
         ``(channels, context)`` and ``(channels,)``.
     """
-    project: nn.Linear = attention.out_proj  # type: ignore[assignment]
-    value: nn.Linear = attention.to_v  # type: ignore[assignment]
+    source: Any = attention
+    project, value = source.out_proj, source.to_v
     bias = project.bias if value.bias is None else project.bias + project.weight @ value.bias
     return Affine(project.weight @ value.weight, bias)
 
@@ -113,9 +113,9 @@ def time_table(unet: nn.Module, times: Tensor) -> Tensor:
     """
     from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 
-    weight = unet.time_embed[0].weight  # type: ignore[index,union-attr]
-    sinusoids = get_timestep_embedding(times, unet.block_out_channels[0])  # type: ignore[index]
-    return F.silu(unet.time_embed(sinusoids.to(weight)))  # type: ignore[operator]
+    source: Any = unet
+    sinusoids = get_timestep_embedding(times, source.block_out_channels[0])
+    return F.silu(source.time_embed(sinusoids.to(source.time_embed[0].weight)))
 
 
 def behind_layer_norm(norm: nn.LayerNorm, linear: Affine) -> Affine:
@@ -126,8 +126,6 @@ def behind_layer_norm(norm: nn.LayerNorm, linear: Affine) -> Affine:
 
 def stacked(linears: Sequence[nn.Linear]) -> Affine:
     """Several linear maps of the same input as one."""
-    bias = [linear.bias for linear in linears]
-    return Affine(
-        torch.cat([linear.weight for linear in linears]),
-        None if bias[0] is None else torch.cat(bias),
-    )
+    sources: list[Any] = list(linears)
+    bias = None if sources[0].bias is None else torch.cat([linear.bias for linear in sources])
+    return Affine(torch.cat([linear.weight for linear in sources]), bias)

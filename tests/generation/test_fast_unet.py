@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 from tiny_networks import network, tiny_preset
 from torch.nn import functional as F
 
 from generation import rewrites
-from generation.fast_unet import FastUNet, grouped_norm
+from generation.fast_unet import FastUNet
+from generation.layers import grouped_norm
 from generation.presets import Preset
 
 TIMES = [980, 500, 20, 0]
@@ -78,10 +81,10 @@ def compare(preset: Preset, dtype, latent, rows=2):
     """Largest relative difference of the fast and the plain U-Net over some timesteps."""
     unet = network(preset, "unet", dtype=torch.float64)
     constants = unet.in_channels - latent[0]
-    fast = FastUNet(unet.to(dtype), TIMES, constants=constants, dtype=dtype)
-    unet = unet.double()
+    exact = torch.promote_types(dtype, torch.float32)
+    fast = FastUNet(copy.deepcopy(unet).to(exact), TIMES, constants=constants, dtype=dtype)
     x, values = draw(rows, *latent), draw(rows, constants, seed=1).abs()
-    extra, vectors = fast.condition(values.to(dtype), latent[1:])
+    extra, vectors = fast.condition(values, latent[1:])
     worst = 0.0
     for i, t in enumerate(TIMES):
         maps = values[:, :, None, None, None].expand(-1, -1, *latent[1:])
