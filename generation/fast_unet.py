@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generation.layers import CHANNELS_LAST, Convolution, Norm, Upsampling
+from generation.layers import CHANNELS_LAST, Convolution, Norm, convolution, upsampling
 from generation.rewrites import (
     Affine,
     behind_layer_norm,
@@ -217,10 +217,8 @@ class _Res(nn.Module):
         self.up, self.down = block.upsample is not None, block.downsample is not None
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
         kernel = block.conv1.conv.weight
-        self.conv1 = (
-            Upsampling(kernel, None, dtype) if self.up else Convolution(kernel, None, dtype)
-        )
-        self.conv2 = Convolution(block.conv2.conv.weight, block.conv2.conv.bias, dtype)
+        self.conv1 = (upsampling if self.up else convolution)(kernel, None, dtype)
+        self.conv2 = convolution(block.conv2.conv.weight, block.conv2.conv.bias, dtype)
         skip = block.skip_connection
         plain = isinstance(skip, nn.Identity)
         self.skip = nn.Identity() if plain else Convolution(skip.conv.weight, skip.conv.bias, dtype)
@@ -320,7 +318,7 @@ class _WithoutTime(nn.Module):
 def _resampler(block: Any, dtype: torch.dtype) -> nn.Module:
     if hasattr(block, "op"):
         return _WithoutTime(Convolution(block.op.conv.weight, block.op.conv.bias, dtype, stride=2))
-    return _WithoutTime(Upsampling(block.postconv.conv.weight, block.postconv.conv.bias, dtype))
+    return _WithoutTime(upsampling(block.postconv.conv.weight, block.postconv.conv.bias, dtype))
 
 
 def _attend(qkv: Tensor, heads: int, scale: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,9 @@ from torch.nn import functional as F
 from generation.rewrites import upsampling_kernel
 
 CHANNELS_LAST = torch.channels_last_3d
+
+MOST_CHANNELS = 384
+"""Input channels up to which oneDNN's convolutions are fast."""
 
 
 class Norm(nn.Module):
@@ -87,8 +92,50 @@ class Convolution(nn.Module):
         return F.conv3d(x, self.weight, bias, stride=self.stride, padding=self.padding)
 
 
+class SplitConvolution(nn.Module):
+    """The same, as a sum over groups of input channels.
+
+    oneDNN's kernels lose up to four fifths of their speed when a convolution has so many channels
+    that its operands leave the cache.
+
+    Parameters
+    ----------
+    weight, bias, dtype
+        As for :class:`Convolution`.
+    parts
+        How many groups; divides the input channels.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, parts: int) -> None:
+        super().__init__()
+        first, *others = weight.chunk(parts, 1)
+        self.first = Convolution(first, bias, dtype)
+        self.others = nn.ModuleList([Convolution(part, None, dtype) for part in others])
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As :meth:`Convolution.forward`."""
+        first, *others = x.chunk(len(self.others) + 1, 1)
+        total: Tensor = self.first(first, bias)
+        for convolution, part in zip(self.others, others, strict=True):
+            total = total.add_(convolution(part))
+        return total
+
+
+def convolution(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Convolution | SplitConvolution:
+    """The faster of the two for where ``weight`` lies."""
+    channels = weight.shape[1]
+    parts = 1
+    while channels // parts > MOST_CHANNELS and channels % (parts * 2) == 0:
+        parts *= 2
+    if weight.device.type != "cpu" or parts == 1:
+        return Convolution(weight, bias, dtype)
+    return SplitConvolution(weight, bias, dtype, parts)
+
+
 class Upsampling(nn.Module):
-    """Nearest ×2 and a 3³ convolution in one.
+    """Nearest ×2 and a 3³ convolution in one transposed convolution.
 
     Parameters
     ----------
@@ -108,6 +155,56 @@ class Upsampling(nn.Module):
         """Upsample and convolve ``(n, in, x, y, z)``, with another bias if one is given."""
         bias = self.bias if bias is None else bias
         return F.conv_transpose3d(x, self.weight, bias, stride=2, padding=1)
+
+
+class PhaseUpsampling(nn.Module):
+    """The same as eight small convolutions, one for each corner of a block of 2³ voxels.
+
+    oneDNN's transposed convolution is slow for many channels and few voxels.
+
+    Parameters
+    ----------
+    weight, bias, dtype
+        As for :class:`Upsampling`.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        # A transposed kernel's taps 3, 1 make the even voxels and 2, 0 the odd ones.
+        taps = upsampling_kernel(weight).transpose(0, 1).flip(2, 3, 4)
+        self.out_channels = len(weight)
+        for i, j, k in _CORNERS:
+            phase = _kernel(taps[:, :, i::2, j::2, k::2], dtype)
+            self.register_buffer(f"weight{i}{j}{k}", phase)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype, copy=True))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As :meth:`Upsampling.forward`."""
+        bias = self.bias if bias is None else bias
+        n, _, *size = x.shape
+        padded = F.pad(x, (1,) * 6)
+        out = torch.empty(
+            (n, self.out_channels, *(2 * length for length in size)),
+            dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST,
+        )  # fmt: skip
+        for i, j, k in _CORNERS:
+            a, b, c = (slice(s, s + length + 1) for s, length in zip((i, j, k), size, strict=True))
+            phase = getattr(self, f"weight{i}{j}{k}")
+            out[:, :, i::2, j::2, k::2] = F.conv3d(padded[:, :, a, b, c], phase, bias)
+        return out
+
+
+def upsampling(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Upsampling | PhaseUpsampling:
+    """The faster of the two for where ``weight`` lies."""
+    many = weight.device.type == "cpu" and weight.shape[1] > MOST_CHANNELS
+    return (PhaseUpsampling if many else Upsampling)(weight, bias, dtype)
+
+
+_CORNERS = tuple(itertools.product((0, 1), repeat=3))
 
 
 def _kernel(weight: Tensor, dtype: torch.dtype) -> Tensor:

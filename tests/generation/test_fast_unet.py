@@ -5,9 +5,8 @@ import torch
 from tiny_networks import network, tiny_preset
 from torch.nn import functional as F
 
-from generation import rewrites
+from generation import layers, rewrites
 from generation.fast_unet import FastUNet
-from generation.layers import grouped_norm
 from generation.presets import Preset
 
 TIMES = [980, 500, 20, 0]
@@ -30,6 +29,27 @@ class TestRewrites:
         plain = F.conv3d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
         kernel = rewrites.upsampling_kernel(weight)
         assert relative(F.conv_transpose3d(x, kernel, bias, stride=2, padding=1), plain) < 1e-13
+
+    @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 4), (5, 4, 3)])
+    def test_upsampling_in_phases(self, size):
+        x, weight, bias = draw(2, 3, *size), draw(5, 3, 3, 3, 3, seed=1), draw(5, seed=2)
+        whole = layers.Upsampling(weight, None, torch.float64)(x, bias)
+        phases = layers.PhaseUpsampling(weight, None, torch.float64)(x, bias)
+        assert relative(phases, whole) < 1e-13
+        assert phases.is_contiguous(memory_format=torch.channels_last_3d)
+
+    @pytest.mark.parametrize("parts", [1, 2, 4])
+    def test_split_convolution(self, parts):
+        x, weight, bias = draw(2, 8, 3, 4, 5), draw(6, 8, 3, 3, 3, seed=1), draw(6, seed=2)
+        plain = F.conv3d(x, weight, bias, padding=1)
+        split = layers.SplitConvolution(weight, bias, torch.float64, parts)
+        assert relative(split(x), plain) < 1e-13
+        assert relative(split(x, 0 * bias), F.conv3d(x, weight, padding=1)) < 1e-13
+
+    @pytest.mark.parametrize(("channels", "parts"), [(384, 1), (512, 2), (1280, 4), (1536, 4)])
+    def test_convolutions_are_split_by_their_channels(self, channels, parts):
+        found = layers.convolution(draw(1, channels, 3, 3, 3), None, torch.float32)
+        assert len(getattr(found, "others", [])) + 1 == parts
 
     @pytest.mark.parametrize("qkv_bias", [False, True])
     def test_single_token_attention(self, qkv_bias):
@@ -71,7 +91,7 @@ class TestRewrites:
     def test_grouped_norm(self):
         x, weight, bias = draw(2, 8, 3, 4, 5), draw(8, seed=1), draw(8, seed=2)
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        found = grouped_norm(x, 4, weight, bias, 1e-6)
+        found = layers.grouped_norm(x, 4, weight, bias, 1e-6)
         assert relative(found, F.group_norm(x, 4, weight, bias, 1e-6)) < 1e-13
         assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -98,8 +118,10 @@ def compare(preset: Preset, dtype, latent, rows=2):
 CASES = {"ukb-ldm": (3, 8, 12, 8), "medforj": (1, 32, 16, 32)}
 
 
+@pytest.mark.parametrize("most_channels", [384, 8])
 @pytest.mark.parametrize("name", CASES)
-def test_whole_unet_in_float64(name):
+def test_whole_unet_in_float64(name, most_channels, monkeypatch):
+    monkeypatch.setattr(layers, "MOST_CHANNELS", most_channels)
     assert compare(tiny_preset(name), torch.float64, CASES[name]) < 1e-10
 
 
