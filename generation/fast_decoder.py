@@ -8,7 +8,8 @@ never stored but computed again where they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,6 +117,18 @@ class FastDecoder(nn.Module):
         for place, _, y in _sweep(rows, self.norm, self.last, slab_bytes, activate=False):
             volume[:, :, place] = y
         return volume
+
+    def whole_bytes(self, latent_shape: Sequence[int]) -> int:
+        """Memory that decoding one latent whole takes at its peak, in bytes.
+
+        In the last level's first block: its input, the norm of that, and its output.
+        """
+        ups = sum(isinstance(stage, _Upsample) for stage in self.body)
+        voxels = math.prod(latent_shape[1:]) * 8**ups
+        widths = [len(m.weight) for m in self.modules() if isinstance(m, (Norm, Convolution))]
+        return (
+            voxels * (2 * max(widths) + self.norm.weight.numel()) * self.last.weight.element_size()
+        )
 
 
 class _Residual(nn.Module):

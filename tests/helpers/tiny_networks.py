@@ -17,8 +17,8 @@ WIDTHS = {
     "medforj": {"unet": {"channels": [8, 8, 16, 16, 16], "norm_num_groups": 4}},
 }
 SHAPES = {
-    "ukb-ldm": {"shape": (16, 32, 16), "latent_shape": (3, 2, 4, 2)},
-    "medforj": {"shape": (32, 16, 32)},
+    "ukb-ldm": {"shape": (32, 64, 32), "latent_shape": (3, 4, 8, 4)},
+    "medforj": {"shape": (16, 16, 16)},
 }
 
 
@@ -38,3 +38,17 @@ def network(preset: Preset, name: str, seed: int = 0, dtype=torch.float32):
         noise = torch.randn(value.shape, generator=source, dtype=dtype) / fan_in**0.5
         value.data = noise + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
     return module.requires_grad_(False)
+
+
+class TinyWeights:
+    """A checkpoint in memory."""
+
+    def __init__(self, preset="ukb-ldm", name=None, target=None, seed=0):
+        self.preset = tiny_preset(preset) if isinstance(preset, str) else preset
+        self.name = name or f"tiny-{self.preset.system}"
+        self.target = target or self.preset.target
+        self.digest = f"{seed:064x}"
+        self.seed = seed
+
+    def network(self, name):
+        return network(self.preset, name, self.seed)
