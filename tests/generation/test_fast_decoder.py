@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from tiny_networks import network, tiny_preset
 
 from generation.fast_decoder import FastDecoder
+from generation.testing import narrow, random_network
 
 LATENT = (3, 3, 4, 2)
 
@@ -21,7 +21,7 @@ def relative(found, expected):
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    return network(tiny_preset("ukb-ldm"), "autoencoder", dtype=torch.float64)
+    return random_network(narrow("ukb-ldm"), "autoencoder", dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_progress_and_refusals(autoencoder):
 
 
 def test_attention_is_refused():
-    preset = tiny_preset("ukb-ldm")
+    preset = narrow("ukb-ldm")
     spec = {**preset.networks["autoencoder"], "with_decoder_nonlocal_attn": True}
     preset = preset.model_copy(update={"networks": {"autoencoder": spec}})
     with pytest.raises(ValueError, match="SpatialAttentionBlock cannot be prepared"):
-        FastDecoder(network(preset, "autoencoder"), dtype=torch.float32)
+        FastDecoder(random_network(preset, "autoencoder"), dtype=torch.float32)

@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from tiny_networks import network, tiny_preset
 from torch.nn import functional as F
 
 from generation import layers, rewrites
 from generation.fast_unet import FastUNet
 from generation.presets import Preset
+from generation.testing import narrow, random_network
 
 TIMES = [980, 500, 20, 0]
 
@@ -73,7 +73,7 @@ class TestRewrites:
     def test_time_table(self):
         from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 
-        unet = network(tiny_preset("ukb-ldm"), "unet", dtype=torch.float64)
+        unet = random_network(narrow("ukb-ldm"), "unet", dtype=torch.float64)
         table = rewrites.time_table(unet, torch.tensor(TIMES))
         for row, t in zip(table, TIMES, strict=True):
             embedding = unet.time_embed(get_timestep_embedding(torch.tensor([t]), 16).double())
@@ -99,7 +99,7 @@ class TestRewrites:
 @torch.inference_mode()
 def compare(preset: Preset, dtype, latent, rows=2):
     """Largest relative difference of the fast and the plain U-Net over some timesteps."""
-    unet = network(preset, "unet", dtype=torch.float64)
+    unet = random_network(preset, "unet", dtype=torch.float64)
     constants = unet.in_channels - latent[0]
     exact = torch.promote_types(dtype, torch.float32)
     fast = FastUNet(copy.deepcopy(unet).to(exact), TIMES, constants=constants, dtype=dtype)
@@ -122,22 +122,22 @@ CASES = {"ukb-ldm": (3, 8, 12, 8), "medforj": (1, 32, 16, 32)}
 @pytest.mark.parametrize("name", CASES)
 def test_whole_unet_in_float64(name, most_channels, monkeypatch):
     monkeypatch.setattr(layers, "MOST_CHANNELS", most_channels)
-    assert compare(tiny_preset(name), torch.float64, CASES[name]) < 1e-10
+    assert compare(narrow(name), torch.float64, CASES[name]) < 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_whole_unet_in_float32(name):
-    assert compare(tiny_preset(name), torch.float32, CASES[name]) < 1e-4
+    assert compare(narrow(name), torch.float32, CASES[name]) < 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_whole_unet_in_bfloat16(name):
-    assert compare(tiny_preset(name), torch.bfloat16, CASES[name]) < 0.1
+    assert compare(narrow(name), torch.bfloat16, CASES[name]) < 0.1
 
 
 def test_rows_do_not_mix():
-    preset = tiny_preset("ukb-ldm")
-    unet = network(preset, "unet")
+    preset = narrow("ukb-ldm")
+    unet = random_network(preset, "unet")
     fast = FastUNet(unet, TIMES, constants=4, dtype=torch.float32)
     x, values = draw(3, 3, 4, 8, 4).float(), draw(3, 4, seed=1).float()
     together = fast(x, fast.table[1], *fast.condition(values, x.shape[2:]))

@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_networks import TinyWeights, network, tiny_preset
 
 from generation.covariates import NAMES, CovariateError, conditioning
 from generation.latent import LatentDiffusion
 from generation.options import Options
 from generation.pixel import PixelDiffusion
+from generation.testing import RandomWeights, narrow, random_network
 from synthbrain.testing import check_generator
 
 FLOAT32 = Options(dtype="float32", steps=6)
@@ -47,7 +47,7 @@ def published_chain(weights, table, steps=50):
 @pytest.mark.parametrize("rewrite", [False, True])
 @torch.inference_mode()
 def test_the_whole_published_chain_equals_monai(rewrite):
-    weights, table = TinyWeights(), rows(3)
+    weights, table = RandomWeights(narrow("ukb-ldm")), rows(3)
     options = Options.published(weights.preset, rewrite=rewrite)
     ours = LatentDiffusion(weights, options)
     latents = ours.sample_latents(table)
@@ -58,11 +58,12 @@ def test_the_whole_published_chain_equals_monai(rewrite):
         assert (found - volume.clamp(0, 1)).abs().max() <= 1e-5 * max(1, volume.abs().max())
 
 
-@pytest.mark.parametrize("decode", ["whole", "slabs"])
-def test_volumes_do_not_depend_on_their_batch(decode):
+def test_volumes_do_not_depend_on_their_batch():
     table = rows(32)
-    one = LatentDiffusion(TinyWeights(), Options(dtype="float32", steps=3), decode=decode)
-    fours = LatentDiffusion(TinyWeights(), Options(dtype="float32", steps=3, batch_size=4))
+    one = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), Options(dtype="float32", steps=3))
+    fours = LatentDiffusion(
+        RandomWeights(narrow("ukb-ldm")), Options(dtype="float32", steps=3, batch_size=4)
+    )
     alone = torch.cat([one.sample(table.iloc[[i]]) for i in range(32)])
     assert (fours.sample(table) - alone).abs().max() < 1e-4
     order = np.random.default_rng(1).permutation(32)
@@ -72,31 +73,37 @@ def test_volumes_do_not_depend_on_their_batch(decode):
 
 def test_half_precision_stays_close():
     table = rows(2)
-    exact = LatentDiffusion(TinyWeights(), FLOAT32).sample(table)
-    half = LatentDiffusion(TinyWeights(), Options(dtype="bfloat16", steps=6)).sample(table)
+    exact = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32).sample(table)
+    half = LatentDiffusion(
+        RandomWeights(narrow("ukb-ldm")), Options(dtype="bfloat16", steps=6)
+    ).sample(table)
     assert half.dtype == torch.float32
     assert 0 < (half - exact).abs().mean() < 0.03
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++", "unipc", "euler", "heun"])
 def test_it_is_a_generator_whatever_the_solver(solver):
-    check_generator(LatentDiffusion(TinyWeights(), Options(solver, 3, dtype="float32")))
+    check_generator(
+        LatentDiffusion(RandomWeights(narrow("ukb-ldm")), Options(solver, 3, dtype="float32"))
+    )
 
 
 class TestCovariates:
     def test_volumes_follow_them_also_beyond_the_trained_range(self):
         table = pd.concat([rows(1)] * 3, ignore_index=True)
         table["ventricular_volume"] = [0.5, 1.0, 1.9]
-        near, far, beyond = LatentDiffusion(TinyWeights(), FLOAT32).sample(table)
+        near, far, beyond = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32).sample(table)
         assert (near - far).abs().max() > 1e-3
         assert (far - beyond).abs().max() > 1e-3
 
     def test_missing_ones_are_refused(self):
         with pytest.raises(CovariateError, match="age"):
-            LatentDiffusion(TinyWeights(), FLOAT32).sample(rows().drop(columns="age"))
+            LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32).sample(
+                rows().drop(columns="age")
+            )
 
     def test_no_rows_give_no_volumes(self):
-        ldm = LatentDiffusion(TinyWeights(), FLOAT32)
+        ldm = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32)
         assert ldm.sample(rows(0)).shape == (0, 1, *ldm.shape)
         assert ldm.sample_latents(rows(0)).shape == (0, *ldm.latent_shape)
 
@@ -104,7 +111,9 @@ class TestCovariates:
 class TestIdentity:
     def test_digest_follows_what_changes_the_voxels(self):
         def digest(weights=None, **options):
-            return LatentDiffusion(weights or TinyWeights(), Options(**options)).digest
+            return LatentDiffusion(
+                weights or RandomWeights(narrow("ukb-ldm")), Options(**options)
+            ).digest
 
         assert digest(dtype="float32") == digest(dtype="float32", batch_size=3, graphs=False)
         found = {
@@ -113,19 +122,22 @@ class TestIdentity:
             digest(dtype="float32", steps=21),
             digest(dtype="float32", solver="ddim"),
             digest(dtype="float32", spacing="trailing"),
-            digest(TinyWeights(seed=1), dtype="float32"),
+            digest(RandomWeights(narrow("ukb-ldm"), seed=1), dtype="float32"),
         }
         assert len(found) == 6
 
     def test_provenance_names_weights_sampler_and_versions(self):
-        found = LatentDiffusion(TinyWeights(), FLOAT32).provenance
-        assert found["weights"] == "tiny-latent"
+        found = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32).provenance
+        assert found["weights"] == "random"
         assert (found["solver"], found["steps"], found["dtype"]) == ("dpm++", "6", "float32")
         assert found["torch"] == torch.__version__
         assert all(isinstance(value, str) for value in found.values())
 
     def test_it_survives_pickling_without_its_networks(self):
-        ldm, table = LatentDiffusion(TinyWeights(), FLOAT32, decode="slabs"), rows(1)
+        ldm, table = (
+            LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32, decode="slabs"),
+            rows(1),
+        )
         expected = ldm.sample(table)
         data = pickle.dumps(ldm)
         assert len(data) < 10_000
@@ -136,7 +148,9 @@ class TestIdentity:
 
 def test_progress_and_report():
     seen = []
-    ldm = LatentDiffusion(TinyWeights(), FLOAT32, progress=lambda *told: seen.append(told))
+    ldm = LatentDiffusion(
+        RandomWeights(narrow("ukb-ldm")), FLOAT32, progress=lambda *told: seen.append(told)
+    )
     guess = ldm.seconds_per_volume
     ldm.sample(rows(2))
     assert seen[-1] == ("decoding", 2, 2)
@@ -151,7 +165,7 @@ def test_progress_and_report():
 
 @torch.inference_mode()
 def test_encode_gives_the_means_of_the_latents():
-    weights = TinyWeights()
+    weights = RandomWeights(narrow("ukb-ldm"))
     volumes = torch.rand((2, 1, *weights.preset.shape))
     means, _ = weights.network("autoencoder").encode(volumes)
     found = LatentDiffusion(weights, FLOAT32).encode(volumes)
@@ -160,7 +174,7 @@ def test_encode_gives_the_means_of_the_latents():
 
 
 def test_low_memory_is_chosen_from_the_free_memory(monkeypatch):
-    ldm = LatentDiffusion(TinyWeights(), FLOAT32)
+    ldm = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32)
     decoder, used = ldm._decoder, []
     in_slabs = decoder.in_slabs
     monkeypatch.setattr(decoder, "in_slabs", lambda z: used.append(1) or in_slabs(z))
@@ -175,8 +189,12 @@ class TestBackOff:
     """What a GPU does when a batch does not fit, on a CPU that says it is full."""
 
     def test_batches_are_halved_until_they_fit(self, monkeypatch):
-        ldm = LatentDiffusion(TinyWeights(), Options(dtype="float32", steps=2, batch_size=8))
-        expected = LatentDiffusion(TinyWeights(), Options(dtype="float32", steps=2))
+        ldm = LatentDiffusion(
+            RandomWeights(narrow("ukb-ldm")), Options(dtype="float32", steps=2, batch_size=8)
+        )
+        expected = LatentDiffusion(
+            RandomWeights(narrow("ukb-ldm")), Options(dtype="float32", steps=2)
+        )
         sampler, sizes = ldm._sampler, []
         integrate = sampler._integrate
 
@@ -192,7 +210,7 @@ class TestBackOff:
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
     def test_one_that_does_not_fit_is_an_error(self, monkeypatch):
-        ldm = LatentDiffusion(TinyWeights(), FLOAT32)
+        ldm = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32)
 
         def full(*_):
             raise torch.cuda.OutOfMemoryError("full")
@@ -217,11 +235,11 @@ class TestPixel:
     @pytest.mark.parametrize("target", ["epsilon", "sample", "velocity", "flow"])
     @torch.inference_mode()
     def test_published_chain_equals_its_formulas(self, target):
-        weights, table = TinyWeights("medforj", target=target), rows(1)
+        weights, table = RandomWeights(narrow("medforj"), chosen_target=target), rows(1)
         ours = PixelDiffusion(weights, Options.published(weights.preset))
         fast = PixelDiffusion(weights, Options.published(weights.preset, rewrite=True))
         found, again = ours.sample(table), fast.sample(table)
-        unet = network(weights.preset, "unet").double()
+        unet = random_network(weights.preset, "unet").double()
         betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
         signal = torch.cumprod(1 - betas, 0)
         for i, seed in enumerate(table["seed"]):
@@ -238,20 +256,24 @@ class TestPixel:
             assert (again[i] - expected).abs().max() < 1e-4
 
     def test_it_is_a_generator_that_honours_nothing(self):
-        generator = PixelDiffusion(TinyWeights("medforj"), Options(steps=2, dtype="float32"))
+        generator = PixelDiffusion(
+            RandomWeights(narrow("medforj")), Options(steps=2, dtype="float32")
+        )
         assert generator.honours == frozenset()
         check_generator(generator)
 
     def test_volumes_do_not_depend_on_their_batch(self):
         table = rows(4)
         options = Options(steps=3, dtype="float32", batch_size=4)
-        together = PixelDiffusion(TinyWeights("medforj"), options).sample(table)
-        alone = PixelDiffusion(TinyWeights("medforj"), Options(steps=3, dtype="float32"))
+        together = PixelDiffusion(RandomWeights(narrow("medforj")), options).sample(table)
+        alone = PixelDiffusion(RandomWeights(narrow("medforj")), Options(steps=3, dtype="float32"))
         for i in range(4):
             assert (alone.sample(table.iloc[[i]])[0] - together[i]).abs().max() < 1e-4
 
     def test_report_and_pickle(self):
-        generator = PixelDiffusion(TinyWeights("medforj"), Options(steps=2, dtype="float32"))
+        generator = PixelDiffusion(
+            RandomWeights(narrow("medforj")), Options(steps=2, dtype="float32")
+        )
         volume = generator.sample(rows(1))
         assert generator.report["ms_per_step"] > 0
         assert torch.equal(pickle.loads(pickle.dumps(generator)).sample(rows(1)), volume)
@@ -259,9 +281,9 @@ class TestPixel:
 
 def test_systems_are_not_mixed_up():
     with pytest.raises(ValueError, match="not a latent diffusion system"):
-        LatentDiffusion(TinyWeights("medforj"))
+        LatentDiffusion(RandomWeights(narrow("medforj")))
     with pytest.raises(ValueError, match="not a pixel-space system"):
-        PixelDiffusion(TinyWeights("ukb-ldm"))
+        PixelDiffusion(RandomWeights(narrow("ukb-ldm")))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +296,7 @@ def test_options_that_make_no_sense(wrong, message):
 
 
 def test_options_take_each_solvers_favourite_spacing():
-    preset = tiny_preset("ukb-ldm")
+    preset = narrow("ukb-ldm")
     assert Options("ddim", 10).words()["spacing"] == "trailing"
     assert Options("dpm++", 10).words()["spacing"] == "logsnr"
     assert Options.published(preset).words()["spacing"] == "leading"
