@@ -88,7 +88,7 @@ class LatentDiffusion:
         self.weights, self.options = weights, options or Options()
         self.decode_mode, self.progress = decode, progress
         self.name = weights.name
-        self.shape = weights.preset.shape
+        self.shape, self.affine = weights.preset.shape, weights.preset.affine
         self.latent_shape = weights.preset.latent_shape
         self.batch_size = self.options.rows
         self._decoding = Timing()

@@ -46,7 +46,7 @@ class PixelDiffusion:
         self.weights, self.options = weights, options or Options()
         self.progress = progress
         self.name = weights.name
-        self.shape = weights.preset.shape
+        self.shape, self.affine = weights.preset.shape, weights.preset.affine
         self.batch_size = 1 if self.options.batch_size is None else self.options.batch_size
 
     def __getstate__(self) -> dict[str, Any]:

@@ -320,7 +320,9 @@ class Export:
             "ManifestRowsDigest": self._source["RowsDigest"],
             "Generator": self.dataset.resolver.maker_of(index),
             "Seed": None if row["origin"] == PUBLISHED else int(row["seed"]),
-            "NormalisedCovariates": {c.name: float(row[c.name]) for c in COVARIATES},
+            "NormalisedCovariates": {c.name: float(row[c.name]) for c in COVARIATES}
+            if self._header.conditional
+            else None,
             "ExportedBy": f"synthbrain {synthbrain.__version__}",
         }
         return {name: value for name, value in facts.items() if value is not None}
@@ -382,6 +384,8 @@ class Export:
         row = self.dataset.manifest.table.iloc[index]
         natural = {c.name: repr(float(c.denormalise(row[c.name]))) for c in COVARIATES}
         natural["sex"] = list(SEXES)[int(row["sex"] > 0.5)]
+        if not self._header.conditional:
+            natural = dict.fromkeys(natural, "n/a")
         published = row["origin"] == PUBLISHED
         cells = natural | {
             "row_id": self._ids[index],

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from synthbrain.errors import GeneratorError
 from synthbrain.home import home
 
 if TYPE_CHECKING:
     from generation.generator import Generator
+    from synthbrain.header import Geometry
 
 
 class StandInWarning(UserWarning):
     """``generator="auto"`` found no published weights and took an embedded generator."""
+
+
+PREFERRED = "ukb-ldm"
+"""What ``"auto"`` takes where its weights are installed."""
 
 
 def _phantom() -> Generator:
@@ -24,26 +30,43 @@ def _phantom() -> Generator:
 
 
 GENERATORS: dict[str, Callable[[], Generator]] = {"phantom": _phantom}
-"""Embedded generators, best first; ``"auto"`` takes the first one."""
+"""Embedded generators, best first; without weights ``"auto"`` takes the first one."""
 
 _warned: set[str] = set()
 
 
-def load_generator(name: str) -> Generator:
+def weights_folder() -> Path:
+    """Where installed weights lie."""
+    return home() / "weights"
+
+
+def load_generator(name: str, **sampling: Any) -> Generator:
     """The generator called ``name``; ``"auto"`` picks the best one that is here.
+
+    Parameters
+    ----------
+    name
+        ``"auto"``, an embedded generator, or installed weights.
+    sampling
+        For weights: arguments of :class:`generation.options.Options` such as ``solver``,
+        ``steps``, ``dtype`` and ``device``, and ``decode`` and ``progress`` of
+        :class:`generation.latent.LatentDiffusion`.
 
     Raises
     ------
     GeneratorError
-        There is none of that name.
+        There is none of that name, its weights are not here, or it has no such options.
     """
     if name == "auto":
-        name = next(iter(GENERATORS))
-        _warn_once(name)
+        name = PREFERRED if _is_installed(PREFERRED) else next(iter(GENERATORS))
+        if name != PREFERRED:
+            _warn_once(name)
     if name not in GENERATORS:
+        return _from_weights(name, sampling)
+    if sampling:
         raise GeneratorError(
-            f"unknown generator {name!r}; expected auto, {', '.join(GENERATORS)}, "
-            "or an object with the methods of generation.generator.Generator"
+            f"generator {name!r} takes no {', '.join(sorted(sampling))}: only generators with "
+            "weights do"
         )
     return GENERATORS[name]()
 
@@ -53,14 +76,65 @@ def identity(generator: Generator) -> str:
     return f"{generator.name}-{generator.digest[:8]}"
 
 
+def geometry_of(generator: Generator) -> Geometry:
+    """Geometry of a generator's volumes: the default one, or shape and ``affine`` of its own."""
+    from synthbrain.header import Geometry
+
+    if tuple(generator.shape) == Geometry().shape:
+        return Geometry()
+    x, y, z = generator.shape
+    rows = getattr(generator, "affine", None) or Geometry().affine
+    a, b, c = (n // 2 if n % 2 == 0 else n for n in (x, y, z))
+    return Geometry(shape=(x, y, z), chunks=(a, b, c), affine=rows, orientation=_axes(rows))
+
+
+def _axes(affine: Any) -> str:
+    from nibabel.orientations import aff2axcodes
+
+    return "".join(aff2axcodes(affine))
+
+
+def _is_installed(name: str) -> bool:
+    return (weights_folder() / name / "weights.json").is_file()
+
+
+def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
+    from generation import weights
+
+    if not _is_installed(name):
+        if name in weights.PUBLISHED:
+            raise GeneratorError(
+                f"the weights of {name!r} are not in {weights_folder()}; fetch them with "
+                f"`synthbrain weights pull {name}`"
+            )
+        known = ", ".join(["auto", *GENERATORS, *weights.PUBLISHED])
+        raise GeneratorError(
+            f"unknown generator {name!r}; expected one of {known}, weights added with `synthbrain "
+            "weights add`, or an object with the methods of generation.generator.Generator"
+        )
+    from generation.latent import LatentDiffusion
+    from generation.options import Options
+    from generation.pixel import PixelDiffusion
+
+    found = weights.load(name, weights_folder())
+    system = LatentDiffusion if found.preset.system == "latent" else PixelDiffusion
+    others = {key: sampling.pop(key) for key in ("decode", "progress") if key in sampling}
+    if system is PixelDiffusion:
+        others.pop("decode", None)
+    try:
+        return system(found, Options(**sampling), **others)
+    except (TypeError, ValueError) as error:
+        raise GeneratorError(f"{name} cannot sample like this: {error}") from None
+
+
 def _warn_once(name: str) -> None:
     if name in _warned:
         return
     _warned.add(name)
     warnings.warn(
-        f"volumes will be made by {name!r}, a procedural stand-in: the published model "
-        "(Pinaya et al. 2022) is not part of this release. For realistic anatomy bring a model of "
-        f"your own (docs/generators.md); ask for {name!r} by name to keep this one without a note",
+        f"volumes will be made by {name!r}, a procedural stand-in: the weights of the published "
+        f"model (Pinaya et al. 2022) are not here. Fetch them with `synthbrain weights pull "
+        f"{PREFERRED}`, or ask for {name!r} by name to keep this one without a note",
         StandInWarning,
         stacklevel=4,
     )

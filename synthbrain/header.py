@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,11 +49,44 @@ class Geometry(_Strict):
     )
     orientation: str = "LAS"
 
+    axes: ClassVar[tuple[str, ...]] = ("x", "y", "z")
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What whoever opens a block must know to use its voxels."""
+        return {"scale": self.scale, "affine": self.affine, "orientation": self.orientation}
+
     @model_validator(mode="after")
     def _chunks_divide(self) -> Geometry:
         if any(c < 1 or s < c or s % c for s, c in zip(self.shape, self.chunks, strict=True)):
             raise ValueError(f"chunks {self.chunks} do not divide shape {self.shape}")
         return self
+
+
+@dataclass(frozen=True)
+class LatentGeometry:
+    """Shape and type of every latent of a generator: halves, and each latent a single chunk.
+
+    Parameters
+    ----------
+    shape
+        Values along channel, x, y and z; by default those of the published system.
+    """
+
+    shape: tuple[int, ...] = (3, 20, 28, 20)
+
+    dtype: ClassVar[str] = "float16"
+    axes: ClassVar[tuple[str, ...]] = ("channel", "x", "y", "z")
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The whole latent."""
+        return self.shape
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What whoever opens a block must know to use its values."""
+        return {"representation": "latent"}
 
 
 class Licence(_Strict):

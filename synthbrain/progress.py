@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -26,7 +30,60 @@ def track(steps: Iterable[T], *, total: int, what: str, show: bool = True) -> It
         yield from _lines(steps, total, what)
 
 
+@contextlib.contextmanager
+def stages(volumes: int) -> Iterator[Callable[[str, int, int], None]]:
+    """Show what a generator does inside each of ``volumes`` volumes.
+
+    Yields
+    ------
+    callable
+        To be told the name of a stage, how much of it is done, and how much there is. What is
+        shown where is as in :func:`track`.
+    """
+    if not sys.stderr.isatty():
+        yield _stage_lines(volumes)
+        return
+    with _progress() as progress:
+        task = progress.add_task("starting", total=None)
+        made = 0
+
+        def told(stage: str, done: int, total: int) -> None:
+            nonlocal made
+            made += stage == "decoding"
+            what = f"{stage}, {made} of {volumes} volumes made"
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield told
+
+
+def _stage_lines(volumes: int) -> Callable[[str, int, int], None]:
+    start = last = time.monotonic()
+    made = 0
+
+    def told(stage: str, done: int, total: int) -> None:
+        nonlocal last, made
+        made += stage == "decoding"
+        now = time.monotonic()
+        if now - last >= _LOG_SECONDS or (stage == "decoding" and made == volumes):
+            last = now
+            print(
+                f"{stage}: {done}/{total}, {made} of {volumes} volumes made in {now - start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return told
+
+
 def _bar(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
+    with _progress() as progress:
+        task = progress.add_task(what, total=total)
+        for step in steps:
+            progress.advance(task)
+            yield step
+
+
+def _progress() -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -45,11 +102,7 @@ def _bar(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total)
-        for step in steps:
-            progress.advance(task)
-            yield step
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _lines(steps: Iterable[T], total: int, what: str) -> Iterator[T]:

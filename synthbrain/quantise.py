@@ -1,6 +1,7 @@
-"""Intensities in [0, 1] ↔ stored values.
+"""Intensities in [0, 1] and latents ↔ stored values.
 
 ``stored = floor(value / scale + 1/2)``; for uint8 and scale 1/255 the error is at most 1/510.
+Latents are rounded to the nearest float16, a relative error of at most 1/2048.
 """
 
 from __future__ import annotations
@@ -46,6 +47,22 @@ def quantise(values: Array, geometry: Geometry) -> Array:
     return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
 
 
+def halves(latent: Array) -> Array:
+    """A latent as it is stored: float16, each value rounded to the nearest.
+
+    Raises
+    ------
+    ValueError
+        A value is not finite, or beyond the largest float16.
+    """
+    largest, limit = float(np.abs(latent).max()), float(np.finfo(np.float16).max)
+    if not np.isfinite(largest):
+        raise ValueError("latents must be finite, found NaN or infinity")
+    if largest > limit:
+        raise ValueError(f"latents must lie in ±{limit:.0f} to fit float16, found {largest:.6g}")
+    return latent.astype(np.float16)
+
+
 def intensities(stored: Array, geometry: Geometry, *, threads: Executor | None = None) -> Array:
     """Stored values to float32 intensities in [0, 1], large arrays on a pool if there is one."""
     if geometry.dtype != "uint8":
@@ -61,6 +78,15 @@ def intensities(stored: Array, geometry: Geometry, *, threads: Executor | None =
         edges = [len(stored) * k // 4 for k in range(5)]
         deque(threads.map(cast, map(slice, edges[:-1], edges[1:])), maxlen=0)
     return values
+
+
+def as_float32(
+    values: torch.Tensor, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Halves as float32, moved to ``device`` first; exact."""
+    import torch
+
+    return values.to(device).to(torch.float32)
 
 
 def as_float(

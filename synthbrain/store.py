@@ -1,8 +1,9 @@
-"""Volumes on disk: blocks of 1000 shards in Zarr v3 format.
+"""Volumes and latents on disk: blocks of 1000 shards in Zarr v3 format.
 
 ``<root>/block-0042/zarr.json`` describes a ``(1000, *shape)`` array whose shards are single
 volumes; ``<root>/block-0042/c.17.0.0.0`` is volume 42,017. A missing shard is a missing volume;
-a shard counts as present when its footer's checksum holds, never because a file exists.
+a shard counts as present when its footer's checksum holds, never because a file exists. A store of
+latents differs in its geometry alone: what is said of volumes here holds for latents.
 
 Shards are immutable: written aside and linked into place, so any number of processes may write
 the same store, be killed at any moment, and no reader ever sees half a volume. Nothing here
@@ -35,7 +36,7 @@ from synthbrain.errors import (
     StoreError,
     StoreFullError,
 )
-from synthbrain.header import Geometry
+from synthbrain.header import Geometry, LatentGeometry
 from synthbrain.shard import Array, ShardLayout
 
 log = logging.getLogger("synthbrain")
@@ -61,14 +62,14 @@ class Damage:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """The volumes one generator made for one manifest.
+    """The volumes, or the latents, one generator made for one manifest.
 
     Parameters
     ----------
     root
         Folder of the blocks, created at the first write.
     geometry
-        Shape, type, scale and affine every volume must have.
+        Shape and type every volume or latent must have, and where it lies in space.
     attributes
         Written into each block's ``zarr.json``: what made the volumes, from which rows.
 
@@ -86,7 +87,7 @@ class Store:
     """
 
     root: Path
-    geometry: Geometry
+    geometry: Geometry | LatentGeometry
     attributes: Mapping[str, Any] = field(default_factory=dict)
     layout: ShardLayout = field(init=False)
     _ready: set[int] = field(init=False, default_factory=set, repr=False)
@@ -329,13 +330,8 @@ class Store:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": 0 if self.layout.dtype.startswith("uint") else 0.0,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": {
-                "scale": self.geometry.scale,
-                "affine": self.geometry.affine,
-                "orientation": self.geometry.orientation,
-                **self.attributes,
-            },
-            "dimension_names": ["volume", "x", "y", "z"],
+            "attributes": {**self.geometry.attributes, **self.attributes},
+            "dimension_names": ["volume", *self.geometry.axes],
         }
 
     def _explain(self, error: OSError, path: Path, size: int) -> StoreError:
@@ -352,6 +348,14 @@ class Store:
                 "choose another folder with store= (--store, SYNTHBRAIN_HOME)",
             )
         return StoreError(error.errno, f"cannot write {path}: {error.strerror or error}")
+
+
+def stored_shape(root: Path) -> tuple[int, ...] | None:
+    """Shape of the volumes or latents in the blocks of a folder; None where there are none."""
+    for path in sorted(root.glob("block-*/zarr.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return tuple(map(int, json.loads(path.read_text())["shape"][1:]))
+    return None
 
 
 def publish(path: Path, data: bytes, *, keep: Any) -> bool:

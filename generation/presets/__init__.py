@@ -50,7 +50,9 @@ class Preset(_Strict):
     shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int, int] | None
     value_range: tuple[float, float]
-    """Intensities of the network's output that stand for 0 and 1."""
+    """Values of the network's output that stand for the intensities 0 and 1."""
+    affine: tuple[tuple[float, float, float, float], ...]
+    """Voxel indices to mm, four rows."""
 
     def build(self, network: str) -> nn.Module:
         """The named network with parameters on the meta device, to be loaded into.

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import synthbrain
-from synthbrain.cli import demo, info, manifests, volumes
+from synthbrain.cli import demo, generate, info, manifests, volumes
 from synthbrain.cli.console import Commands, examples
 
 __all__ = ["app", "main"]
@@ -61,6 +61,7 @@ demo.register(app)
 info.register(app)
 manifests.register(app)
 volumes.register(app)
+generate.register(app)
 
 
 def main() -> None:
