@@ -15,14 +15,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from generation.covariates import COVARIATES, NAMES, SEXES
-from synthbrain.errors import UsageError
+from generation.generator import LatentGenerator
+from synthbrain.errors import GeneratorError, UsageError
 from synthbrain.generators import load_generator
 from synthbrain.home import home
 from synthbrain.manifest import Manifest, Range
 from synthbrain.plan import Plan
 from synthbrain.progress import track
-from synthbrain.quantise import as_float, intensities
-from synthbrain.resolver import Resolver
+from synthbrain.quantise import as_float, as_float32, intensities
+from synthbrain.resolver import NOUNS, Representation, Resolver
 from synthbrain.sources.folder import FolderSource
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ where, ids, limit, extrapolate
         Return boxes of this size instead of whole volumes. Where a box lies is a pure function
         of (``seed``, epoch, row): see :meth:`set_epoch`.
     representation
-        ``"image"``; latents need a latent generator.
+        ``"image"``, or ``"latent"`` for the small arrays that :meth:`decode` turns into volumes;
+        rows that are stored as such nowhere need a
+        :class:`generation.generator.LatentGenerator`.
     units
         ``"normalised"`` covariates, or ``"natural"`` ones: years, mm³, ``"female"``/``"male"``.
     transform
         Called with each sample, as MONAI's dictionary transforms are.
     dtype
-        Type of ``image``: ``"float32"`` or ``"float16"`` in [0, 1], or ``"uint8"`` as stored.
+        Type of ``image``: ``"float32"`` or ``"float16"`` in [0, 1], or ``"uint8"`` as stored. Of
+        ``latent``: ``"float32"``, or ``"float16"`` as stored.
     meta_tensor
         Return ``image`` as a :class:`monai.data.MetaTensor` that carries the affine.
     heal
@@ -88,7 +92,8 @@ where, ids, limit, extrapolate
     -----
     A sample is a dict: ``image`` tensor ``(1, x, y, z)``, ``sex``, ``age``,
     ``ventricular_volume``, ``brain_volume`` (float32 scalars), ``id``, ``made_by`` (text), and
-    ``patch_start`` (``(3,)`` int64) with ``patch_size``.
+    ``patch_start`` (``(3,)`` int64) with ``patch_size``. With ``representation="latent"`` there is
+    a ``latent`` tensor ``(channel, x, y, z)`` in place of ``image``.
 
     Examples
     --------
@@ -118,7 +123,7 @@ where, ids, limit, extrapolate
         store: str | os.PathLike[str] | None = None,
         made_by: str | None = None,
         patch_size: Sequence[int] | int | None = None,
-        representation: Literal["image"] = "image",
+        representation: Representation = "image",
         units: Literal["normalised", "natural"] = "normalised",
         transform: Transform | None = None,
         dtype: Literal["float32", "float16", "uint8"] = "float32",
@@ -134,10 +139,12 @@ where, ids, limit, extrapolate
             brain_range=brain_range, brain_mm3=brain_mm3, where=where, ids=ids, limit=limit,
             extrapolate=extrapolate,
         )  # fmt: skip
-        _one_of("representation", representation, ("image",))
+        _one_of("representation", representation, tuple(NOUNS))
         _one_of("units", units, ("normalised", "natural"))
         _one_of("dtype", dtype, tuple(_DTYPES))
-        if dtype == "uint8" and self.manifest.header.geometry.dtype != "uint8":
+        if representation == "latent":
+            _refuse_for_latents(dtype, patch_size, meta_tensor)
+        elif dtype == "uint8" and self.manifest.header.geometry.dtype != "uint8":
             raise UsageError(
                 f"dtype must be 'float16' or 'float32' for {self.manifest.name}, whose volumes are "
                 f"not stored as bytes; found {dtype!r}"
@@ -153,6 +160,7 @@ where, ids, limit, extrapolate
             made_by=made_by,
             sources=[_as_source(source) for source in sources or ()],
             heal=heal,
+            representation=representation,
         )
         self.patch_size = _patch_size(patch_size, self.manifest.header.geometry.shape)
         self.units = units
@@ -194,7 +202,13 @@ where, ids, limit, extrapolate
 
     def __repr__(self) -> str:
         made_by = self.resolver.made_by
-        return f"<SynthBrainDataset of {self.manifest.name}: {len(self):,} rows, {made_by}>"
+        what = f"latents, {made_by}" if self.representation == "latent" else made_by
+        return f"<SynthBrainDataset of {self.manifest.name}: {len(self):,} rows, {what}>"
+
+    @property
+    def representation(self) -> Representation:
+        """What samples hold under that name: ``"image"`` or ``"latent"``."""
+        return self.resolver.representation
 
     @property
     def table(self) -> pd.DataFrame:
@@ -234,6 +248,41 @@ where, ids, limit, extrapolate
         done = track(self.resolver.fill(plan), total=plan.missing, what="filling", show=progress)
         return sum(1 for _ in done)
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn a batch of latents into volumes, on the generator's device.
+
+        Parameters
+        ----------
+        latents
+            ``(n, channel, x, y, z)``, any floating type, on any device.
+
+        Returns
+        -------
+        torch.Tensor
+            ``(n, 1, x, y, z)`` float32 in [0, 1].
+
+        Raises
+        ------
+        GeneratorError
+            The dataset has no generator, or one without latents.
+        UsageError
+            Latents of another shape.
+        """
+        generator = self.resolver.generator
+        if not isinstance(generator, LatentGenerator):
+            found = "none" if generator is None else repr(generator.name)
+            raise GeneratorError(
+                f"only the generator that makes latents decodes them, and this dataset's is {found}"
+                "; pass generator= one that does"
+            )
+        expected = tuple(generator.latent_shape)
+        if tuple(latents.shape[1:]) != expected:
+            raise UsageError(
+                f"latents must have shape (n, {', '.join(map(str, expected))}), "
+                f"found {tuple(latents.shape)}"
+            )
+        return generator.decode(latents)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch patch positions are drawn for; reaches running workers."""
         self._epoch.fill_(epoch)
@@ -241,12 +290,12 @@ where, ids, limit, extrapolate
     def loader(
         self, *, device: torch.device | str | None = None, **options: Any
     ) -> DataLoader[Any]:
-        """A DataLoader that carries bytes across workers and casts after collating.
+        """A DataLoader that carries stored values across workers and casts after collating.
 
         Parameters
         ----------
         device
-            Move images there, before casting.
+            Move images, or latents, there before casting.
         options
             Passed to :class:`torch.utils.data.DataLoader`.
 
@@ -254,15 +303,16 @@ where, ids, limit, extrapolate
         -------
         DataLoader
             Batches equal those of a plain DataLoader, and a quarter of the bytes crosses from the
-            workers. With a ``transform``, which needs floats, nothing is gained and nothing is
-            changed.
+            workers, or half where float16 is stored. With a ``transform``, which needs floats,
+            nothing is gained and nothing is changed.
         """
-        geometry = self.manifest.header.geometry
-        floats = self.transform is not None or self.meta_tensor or self.dtype != "float32"
-        if floats or geometry.dtype != "uint8":
+        if self.transform is not None or self.meta_tensor or self.dtype != "float32":
             return _ConvertingLoader(self, operator.methodcaller("to", device), **options)
-        cast = partial(as_float, device=device, scale=geometry.scale)
-        return _ConvertingLoader(_with_dtype(self, "uint8"), cast, **options)
+        stored = self.resolver.geometry.dtype
+        cast: Callable[[torch.Tensor], torch.Tensor] = partial(as_float32, device=device)
+        if stored == "uint8":
+            cast = partial(as_float, device=device, scale=self.manifest.header.geometry.scale)
+        return _ConvertingLoader(_with_dtype(self, stored), cast, **options)
 
     def _checked(self, index: int) -> int:
         size, index = len(self), operator.index(index)
@@ -290,7 +340,7 @@ where, ids, limit, extrapolate
 
     def _sample(self, index: int, image: tuple[Array, Array | None]) -> Any:
         stored, start = image
-        sample: Sample = {"image": self._tensor(stored, start)}
+        sample: Sample = {self.representation: self._tensor(stored, start)}
         for name in NAMES:
             sample[name] = self._covariates[name][index]
         sample["id"] = str(self._ids[index])
@@ -300,6 +350,8 @@ where, ids, limit, extrapolate
         return sample if self.transform is None else self.transform(sample)
 
     def _tensor(self, stored: Array, start: Array | None) -> torch.Tensor:
+        if self.representation == "latent":
+            return torch.from_numpy(stored).to(_DTYPES[self.dtype])
         geometry = self.manifest.header.geometry
         values = (
             stored if self.dtype == "uint8" else intensities(stored, geometry, threads=_threads())
@@ -316,7 +368,7 @@ where, ids, limit, extrapolate
 
 
 class _ConvertingLoader(DataLoader[Any]):
-    """Converts the ``image`` of every batch after it has crossed from the workers."""
+    """Converts ``image`` or ``latent`` of every batch after it has crossed from the workers."""
 
     def __init__(
         self,
@@ -325,12 +377,12 @@ class _ConvertingLoader(DataLoader[Any]):
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
-        self._convert = convert
+        self._convert, self._key = convert, dataset.representation
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
-            if isinstance(batch, Mapping) and torch.is_tensor(batch.get("image")):
-                yield {**batch, "image": self._convert(batch["image"])}
+            if isinstance(batch, Mapping) and torch.is_tensor(batch.get(self._key)):
+                yield {**batch, self._key: self._convert(batch[self._key])}
             else:
                 yield batch
 
@@ -388,6 +440,22 @@ def _patch_size(size: Sequence[int] | int | None, shape: tuple[int, ...]) -> tup
     if len(sizes) != 3 or any(not 1 <= n <= full for n, full in zip(sizes, shape, strict=True)):
         raise UsageError(f"patch_size must be three numbers from 1 to {shape}, found {sizes}")
     return sizes
+
+
+def _refuse_for_latents(dtype: str, patch_size: object, meta_tensor: bool) -> None:
+    """What only volumes have."""
+    if dtype == "uint8":
+        raise UsageError("dtype must be 'float32' or 'float16' for latents, found 'uint8'")
+    if patch_size is not None:
+        raise UsageError(
+            f"patch_size must be None for latents, found {patch_size!r}: they are decoded whole; "
+            "leave it out, or ask for representation='image'"
+        )
+    if meta_tensor:
+        raise UsageError(
+            "meta_tensor must be False for latents, found True: they lie in no space; leave it "
+            "out, or ask for representation='image'"
+        )
 
 
 def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:

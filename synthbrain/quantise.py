@@ -80,9 +80,7 @@ def intensities(stored: Array, geometry: Geometry, *, threads: Executor | None =
     return values
 
 
-def as_float32(
-    values: torch.Tensor, device: torch.device | str | None = None
-) -> torch.Tensor:
+def as_float32(values: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """Halves as float32, moved to ``device`` first; exact."""
     import torch
 

@@ -1,6 +1,7 @@
 """From rows to volumes: store → sources by cost → generator, with write-through.
 
-:meth:`Resolver.plan` only looks; :meth:`Resolver.execute` acts on what it saw.
+:meth:`Resolver.plan` only looks; :meth:`Resolver.execute` acts on what it saw. Latents take the
+same path, into a store of their own; a volume whose latent is stored is decoded from there.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections import deque
 from collections.abc import Generator as Steps
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from generation.covariates import NAMES
+from generation.generator import LatentGenerator
 from synthbrain import claims
 from synthbrain.errors import (
     DamagedShardError,
@@ -32,11 +34,14 @@ from synthbrain.errors import (
     UsageError,
 )
 from synthbrain.generators import identity
+from synthbrain.header import Geometry, LatentGeometry
 from synthbrain.plan import Plan, size_text
-from synthbrain.quantise import Array, quantise
-from synthbrain.store import Store
+from synthbrain.quantise import Array, halves, quantise
+from synthbrain.store import Store, stored_shape
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import torch
     from numpy.typing import NDArray
 
     from generation.generator import Generator
@@ -44,6 +49,11 @@ if TYPE_CHECKING:
     from synthbrain.sources.base import Source
 
 log = logging.getLogger("synthbrain")
+
+Representation = Literal["image", "latent"]
+
+NOUNS: dict[str, str] = {"image": "volume", "latent": "latent"}
+"""Representations, and what one row's is called; its plural names the folder they are kept in."""
 
 PUBLISHED = "published"
 """Stands where a generator's identity does, for volumes that were published."""
@@ -60,7 +70,7 @@ class ReadOnlyStoreWarning(UserWarning):
 
 @dataclass(eq=False)
 class Resolver:
-    """Gets the volumes of a manifest's rows, from wherever they are cheapest to have.
+    """Gets the volumes, or latents, of a manifest's rows from wherever they are cheapest to have.
 
     Parameters
     ----------
@@ -77,6 +87,10 @@ class Resolver:
         Tried before sampling, cheapest first.
     heal
         Make or fetch damaged volumes again; otherwise damage raises.
+    representation
+        ``"image"``, or ``"latent"`` for the arrays a
+        :class:`generation.generator.LatentGenerator` decodes into volumes: what is said of volumes
+        here then holds for latents, except that no source gives any.
     """
 
     manifest: Manifest
@@ -85,10 +99,14 @@ class Resolver:
     made_by: str | None = None
     sources: Sequence[Source] = ()
     heal: bool = True
+    representation: Representation = "image"
     _unwritable: bool = field(init=False, default=False, repr=False)
 
     def __post_init__(self) -> None:
         self.manifest.require_rows()
+        if self.representation not in NOUNS:
+            expected = ", ".join(map(repr, NOUNS))
+            raise UsageError(f"representation must be {expected}; found {self.representation!r}")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise UsageError(f"sources must have different names, found {', '.join(names)}")
@@ -104,6 +122,16 @@ class Resolver:
             self.made_by = self._only_maker()
 
     @cached_property
+    def geometry(self) -> Geometry | LatentGeometry:
+        """What is stored of a row: the manifest's volumes, or the latents of :attr:`made_by`."""
+        if self.representation == "image":
+            return self.manifest.header.geometry
+        if isinstance(self.generator, LatentGenerator):
+            return LatentGeometry(tuple(self.generator.latent_shape))
+        shape = stored_shape(self._folder(self.made_by or "none"))
+        return LatentGeometry() if shape is None else LatentGeometry(shape)
+
+    @cached_property
     def recipes(self) -> Store:
         """Store of the volumes :attr:`made_by` made."""
         return self._store(self.made_by or "none")
@@ -112,6 +140,13 @@ class Resolver:
     def published(self) -> Store:
         """Store of the published volumes."""
         return self._store(PUBLISHED)
+
+    @cached_property
+    def _latents(self) -> Resolver | None:
+        """Reads the latents that volumes can be decoded from."""
+        if self.representation == "latent" or not isinstance(self.generator, LatentGenerator):
+            return None
+        return replace(self, sources=(), representation="latent")
 
     @cached_property
     def _is_published(self) -> NDArray[np.bool_]:
@@ -219,7 +254,7 @@ class Resolver:
         """
         if plan.missing and plan.bytes_to_store > plan.bytes_free:
             raise StoreFullError(
-                f"{plan.missing:,} volumes need about {size_text(plan.bytes_to_store)}, but "
+                f"{plan.missing:,} {self._noun}s need about {size_text(plan.bytes_to_store)}, but "
                 f"{self.folder} has {size_text(plan.bytes_free)} free; free some space, choose "
                 "another folder with store= (--store, SYNTHBRAIN_HOME), or ask for fewer rows"
             )
@@ -300,9 +335,10 @@ class Resolver:
         try:
             bad = self.store_of(index).quarantine(self.manifest.positions[index])
         except StoreError:
-            log.warning("volume %s is damaged (%s) and cannot be set aside", id, error)
+            log.warning("%s %s is damaged (%s) and cannot be set aside", self._noun, id, error)
         else:
-            log.warning("volume %s is damaged (%s); kept as %s, made again", id, error, bad.name)
+            told = (self._noun, id, error, bad.name)
+            log.warning("%s %s is damaged (%s); kept as %s, made again", *told)
 
     def _fetch(
         self, source: Source, rows: NDArray[np.int64]
@@ -350,30 +386,62 @@ class Resolver:
             done = {index: self._read(index) for index in batch}
             left = [index for index, volume in done.items() if volume is None]
             if left:
-                for index, values in zip(left, self._sampled(left), strict=True):
+                for index, values in self._new_values(left):
                     done[index] = self._stored_values(index, values)
                     self._keep(index, done[index])
         yield from ((index, volume) for index, volume in done.items() if volume is not None)
 
-    def _sampled(self, indices: list[int]) -> Array:
-        """What the generator makes of some rows, ``(n, x, y, z)``."""
+    def _new_values(self, indices: list[int]) -> Iterator[tuple[int, Array]]:
+        """What the generator makes of some rows, each of the stored shape."""
+        latents = self._stored_latents(indices)
+        if latents:
+            yield from zip(latents, self._decoded(list(latents.values())), strict=True)
+        left = [index for index in indices if index not in latents]
+        if left:
+            rows = self.manifest.table.iloc[left][[*NAMES, "seed"]]
+            yield from zip(left, self._sampled(rows), strict=True)
+
+    def _stored_latents(self, indices: list[int]) -> dict[int, Array]:
+        if self._latents is None:
+            return {}
+        found = ((index, self._latents._read(index)) for index in indices)
+        return {index: latent for index, latent in found if latent is not None}
+
+    def _decoded(self, latents: list[Array]) -> Array:
+        import torch
+
+        assert isinstance(self.generator, LatentGenerator)
+        stored = torch.from_numpy(np.stack(latents)).to(torch.float32)
+        return self._as_array(self.generator.decode(stored), len(latents))
+
+    def _sampled(self, rows: pd.DataFrame) -> Array:
         assert self.generator is not None
-        rows = self.manifest.table.iloc[indices][[*NAMES, "seed"]]
-        volumes = self.generator.sample(rows)
-        expected = (len(rows), 1, *self.manifest.header.geometry.shape)
-        if tuple(volumes.shape) != expected:
+        if self.representation == "image":
+            return self._as_array(self.generator.sample(rows), len(rows))
+        assert isinstance(self.generator, LatentGenerator)
+        return self._as_array(self.generator.sample_latents(rows), len(rows))
+
+    def _as_array(self, made: torch.Tensor, count: int) -> Array:
+        """The generator's output for ``count`` rows, ``(n, *shape)``."""
+        channel = (1,) if self.representation == "image" else ()
+        expected = (count, *channel, *self.geometry.shape)
+        if tuple(made.shape) != expected:
             raise GeneratorError(
-                f"{self.made_by} gave an array of shape {tuple(volumes.shape)} for {len(rows)} "
+                f"{self.made_by} gave an array of shape {tuple(made.shape)} for {count} "
                 f"rows, expected {expected}; check it with synthbrain.testing.check_generator"
             )
-        return volumes[:, 0].detach().float().cpu().numpy()
+        return made.detach().float().cpu().numpy().reshape(count, *self.geometry.shape)
 
     def _stored_values(self, index: int, values: Array) -> Array:
         try:
+            if self.representation == "latent":
+                return halves(values)
             return quantise(values, self.manifest.header.geometry)
         except ValueError as error:
             id = self.manifest.table.index[index]
-            raise GeneratorError(f"{self.made_by} made a wrong volume of {id}: {error}") from None
+            raise GeneratorError(
+                f"{self.made_by} made a wrong {self._noun} of {id}: {error}"
+            ) from None
 
     def _keep(self, index: int, volume: Any) -> None:
         if self._unwritable:
@@ -385,12 +453,14 @@ class Resolver:
         except StoreError as error:
             self._unwritable = True
             warnings.warn(
-                f"volumes are served but not kept: {error}", ReadOnlyStoreWarning, stacklevel=2
+                f"{self._noun}s are served but not kept: {error}",
+                ReadOnlyStoreWarning,
+                stacklevel=2,
             )
 
     def _can_give(self, source: Source, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        if not len(rows):
-            return np.zeros(0, dtype=bool)
+        if not len(rows) or self.representation == "latent":
+            return np.zeros(len(rows), dtype=bool)
         same_maker = np.array([self.maker_of(i) == source.made_by for i in rows], dtype=bool)
         return same_maker & source.holds(self._ids(rows))
 
@@ -408,12 +478,14 @@ class Resolver:
             return
         first = int(plan.unavailable[0])
         id = self.manifest.table.index[first]
-        if self._is_published[first]:
+        if self._is_published[first] and self.representation == "latent":
+            why = "published rows have volumes but no latents; ask for representation='image'"
+        elif self._is_published[first]:
             why = "they were published, and no source given has them; pass sources=[...]"
         else:
             why = "generator=None never samples; run `synthbrain fill`, or pass a generator"
         raise MissingVolumeError(
-            f"{len(plan.unavailable):,} of the volumes asked for are not in {self.folder}, "
+            f"{len(plan.unavailable):,} of the {self._noun}s asked for are not in {self.folder}, "
             f"{id!r} first: {why} (plan: {plan})"
         )
 
@@ -423,6 +495,11 @@ class Resolver:
             raise GeneratorError(
                 f"generator {generator.name!r} makes volumes of shape {tuple(generator.shape)}, "
                 f"manifest {self.manifest.name!r} holds {shape}; use another generator"
+            )
+        if self.representation == "latent" and not isinstance(generator, LatentGenerator):
+            raise GeneratorError(
+                f"generator {generator.name!r} makes volumes without latents; use one that has "
+                "sample_latents() and decode(), or representation='image'"
             )
         ignored = set(NAMES) - generator.honours
         if ignored and self.manifest.header.conditional:
@@ -434,20 +511,27 @@ class Resolver:
 
     def _only_maker(self) -> str | None:
         folder = self.folder / self.manifest.store_key
-        makers = sorted(p.parent.name for p in folder.glob("*/volumes") if p.is_dir())
+        makers = sorted(p.parent.name for p in folder.glob(f"*/{self._noun}s") if p.is_dir())
         makers = [maker for maker in makers if maker != PUBLISHED]
         if len(makers) > 1:
             raise GeneratorError(
-                f"{folder} holds volumes of {len(makers)} generators ({', '.join(makers)}); "
+                f"{folder} holds {self._noun}s of {len(makers)} generators ({', '.join(makers)}); "
                 "say which to read with made_by="
             )
         return makers[0] if makers else None
 
+    @property
+    def _noun(self) -> str:
+        return NOUNS[self.representation]
+
+    def _folder(self, maker: str) -> Path:
+        return self.folder / self.manifest.store_key / maker / f"{self._noun}s"
+
     def _store(self, maker: str) -> Store:
         root = self.manifest.header.parent or self.manifest.header
         return Store(
-            self.folder / self.manifest.store_key / maker / "volumes",
-            self.manifest.header.geometry,
+            self._folder(maker),
+            self.geometry,
             {"manifest": root.name, "rows_digest": root.rows_digest, "made_by": maker},
         )
 
@@ -455,7 +539,8 @@ class Resolver:
         return self.manifest.table.index[rows].tolist()
 
     def _bytes_per_volume(self) -> float:
-        return float(np.prod(self.manifest.header.geometry.shape)) * _BYTES_PER_VOXEL
+        values = float(np.prod(self.geometry.shape))
+        return values * (_BYTES_PER_VOXEL if self.representation == "image" else 2)
 
 
 def _free(folder: Path) -> int:

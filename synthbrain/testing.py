@@ -1,4 +1,4 @@
-"""Contract tests any Generator, Source or Store must pass, and a tiny generator to test with.
+"""Contract tests any Generator, Source or Store must pass, and tiny generators to test with.
 
 For use in the tests of whoever writes one::
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from generation.covariates import NAMES, conditioning
+from generation.generator import LatentGenerator
 from synthbrain.cohort import recipes
 from synthbrain.header import Geometry, Header, Licence
 from synthbrain.manifest import Manifest
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from synthbrain.sources.base import Source
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+_HALF_A_LEVEL = 1 / 510
+"""What rounding a latent to float16 may do to a voxel, on average: as much as uint8 does."""
 
 TINY = Geometry(shape=(16, 24, 16), chunks=(8, 12, 8))
 """A geometry small enough for thousands of volumes in a test."""
@@ -73,6 +77,44 @@ class TinyGenerator:
         return (0.5 * noise + 0.5 * float(np.clip(vector.mean(), 0, 1))).clamp(0, 1)
 
 
+class TinyLatentGenerator:
+    """Makes latents of noise and decodes them into blurred blocks, in microseconds.
+
+    Parameters
+    ----------
+    shape
+        Voxels of a volume, multiples of 8; a latent has an eighth of them along each axis.
+    batch_size
+        How many rows it likes at once.
+    """
+
+    name = "tiny-latent"
+    digest = "fedcba9876543210"
+    honours = frozenset(NAMES)
+    seconds_per_volume = 0.001
+
+    def __init__(self, shape: tuple[int, int, int] = TINY.shape, batch_size: int = 4) -> None:
+        self.shape = shape
+        self.latent_shape = (3, shape[0] // 8, shape[1] // 8, shape[2] // 8)
+        self.batch_size = batch_size
+
+    def sample(self, rows: pd.DataFrame) -> torch.Tensor:
+        """The decoded latents of some rows: ``(n, 1, x, y, z)``."""
+        return self.decode(self.sample_latents(rows))
+
+    def sample_latents(self, rows: pd.DataFrame) -> torch.Tensor:
+        """Normal noise from each row's seed, shifted by its covariates: ``(n, *latent_shape)``."""
+        means = torch.tensor(conditioning(rows)).mean(1).float()
+        sources = [torch.Generator().manual_seed(int(seed)) for seed in rows["seed"]]
+        noise = [torch.randn(self.latent_shape, generator=source) for source in sources]
+        return torch.stack(noise) + means[:, None, None, None, None]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Channels averaged, enlarged and squashed: ``(n, 1, x, y, z)``."""
+        mean = latents.float().mean(1, keepdim=True)
+        return torch.nn.functional.interpolate(mean, self.shape, mode="trilinear").sigmoid()
+
+
 def tiny_manifest(n: int = 20, *, name: str = "tiny", seed: int = 0) -> Manifest:
     """A manifest of ``n`` recipes with :data:`TINY` volumes and evenly drawn covariates."""
     draw = np.random.default_rng(seed)
@@ -88,9 +130,10 @@ def check_generator(generator: Generator, *, tolerance: float = 1e-4) -> None:
     Parameters
     ----------
     generator
-        The generator.
+        The generator; one that makes latents is also held to the contract of
+        :class:`generation.generator.LatentGenerator`.
     tolerance
-        How far the same row's voxels may differ between batches.
+        How far the same row's voxels, or latent, may differ between batches.
     """
     rows = tiny_manifest(3, name="contract", seed=7).table[[*NAMES, "seed"]]
     together = generator.sample(rows)
@@ -112,6 +155,41 @@ def check_generator(generator: Generator, *, tolerance: float = 1e-4) -> None:
     assert generator.honours <= set(NAMES), f"honours {generator.honours}, not all covariates"
     assert generator.batch_size >= 1, "batch_size is below 1"
     assert generator.seconds_per_volume > 0, "seconds_per_volume is not positive"
+    if isinstance(generator, LatentGenerator):
+        _check_latents(generator, rows, tolerance)
+        _check_decoding(generator, rows, together, tolerance)
+
+
+def _check_latents(generator: LatentGenerator, rows: pd.DataFrame, tolerance: float) -> None:
+    latents = generator.sample_latents(rows)
+    found, expected = tuple(latents.shape), (len(rows), *generator.latent_shape)
+    assert len(expected) == 5, f"latent_shape {expected[1:]}, expected (channel, x, y, z)"
+    assert found == expected, f"latents of shape {found}, expected {expected}"
+    assert latents.dtype == torch.float32, f"latents of type {latents.dtype}, expected float32"
+    assert bool(torch.isfinite(latents).all()), "latents are not all finite"
+    largest = float(latents.abs().max())
+    assert largest <= torch.finfo(torch.float16).max, f"latents up to {largest} do not fit float16"
+    alone = generator.sample_latents(rows.iloc[[1]])[0]
+    error = float((alone - latents[1]).abs().max())
+    assert error <= tolerance, f"the latent of row 1 differs by {error} when made alone"
+
+
+def _check_decoding(
+    generator: LatentGenerator, rows: pd.DataFrame, volumes: torch.Tensor, tolerance: float
+) -> None:
+    latents = generator.sample_latents(rows)
+    decoded = generator.decode(latents)
+    found, expected = tuple(decoded.shape), (len(rows), 1, *generator.shape)
+    assert found == expected, f"decode() gives shape {found}, expected {expected}"
+    assert decoded.dtype == torch.float32, f"decode() gives {decoded.dtype}, expected float32"
+    low, high = float(decoded.min()), float(decoded.max())
+    assert low >= 0, f"decode() gives {low}, below 0"
+    assert high <= 1, f"decode() gives {high}, above 1"
+    error = float((decoded - volumes).abs().max())
+    assert error <= tolerance, f"decode(sample_latents(rows)) is {error} off sample(rows)"
+    stored = generator.decode(latents[[1]].half())[0]
+    error = float((stored - decoded[1]).abs().mean())
+    assert error <= _HALF_A_LEVEL, f"decoded from float16, row 1 is {error} off on average"
 
 
 def check_source(source: Source, ids: Sequence[str], geometry: Geometry) -> None:
@@ -163,7 +241,7 @@ def check_store(store: Store) -> None:
     assert store.has(1005), "an all-zero volume counts as missing"
     stored = store.stored([5, 6, 1005]).tolist()
     assert stored == [True, False, True], f"stored() gives {stored} for 5, 6 and 1005 of 5, 1005"
-    start, size = tuple(n // 4 for n in layout.shape), tuple(n // 2 for n in layout.shape)
+    start, size = tuple(n // 4 for n in layout.shape), tuple((n + 1) // 2 for n in layout.shape)
     box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
     assert np.array_equal(store.read_patch(5, start, size), volume[box]), "a patch differs"
     _check_damage(store, volume)

@@ -132,7 +132,7 @@ DATASETS = {
     "patch a fraction": ({"patch_size": 0.5}, UsageError, "0.5", "three numbers"),
     "dtype": ({"dtype": "float64"}, UsageError, "'float64'", "'float32', 'float16', 'uint8'"),
     "units": ({"units": "metric"}, UsageError, "'metric'", "'normalised', 'natural'"),
-    "representation": ({"representation": "latent"}, UsageError, "'latent'", "'image'"),
+    "representation": ({"representation": "mesh"}, UsageError, "'mesh'", "'image', 'latent'"),
     "seed": ({"seed": -1}, UsageError, "seed", "found -1"),
     "unknown generator": ({"generator": "ukb"}, GeneratorError, "'ukb'", "expected auto"),
     "generator of another shape": (
