@@ -167,7 +167,7 @@ class _Upsample(Upsampling):
     """Nearest ×2 and a convolution, put off until its rows are asked for."""
 
     def in_slabs(self, rows: _Rows, slab_bytes: int) -> _Rows:
-        upsampled = _Upsampled(rows.slab(0, rows.shape[2]), self, _Gather())
+        upsampled = _Upsampled(rows.slab(0, rows.shape[2]), self)
         for start, end in _ranges(upsampled.shape, slab_bytes, self.weight.element_size()):
             upsampled.gather.add(upsampled.slab(start, end))
         return upsampled
@@ -223,20 +223,26 @@ class _Stored:
         return self.tensor[:, :, start:end]
 
 
-@dataclass(frozen=True, eq=False)
 class _Upsampled:
-    """Rows along x that are computed when asked for."""
+    """Rows along x that are computed when asked for, from the first to the last."""
 
-    source: Tensor
-    step: _Upsample
-    gather: _Gather
-
-    @property
-    def shape(self) -> torch.Size:
-        n, _, x, y, z = self.source.shape
-        return torch.Size((n, self.step.weight.shape[1], 2 * x, 2 * y, 2 * z))
+    def __init__(self, source: Tensor, step: _Upsample) -> None:
+        self.source, self.step, self.gather = source, step, _Gather()
+        n, _, x, y, z = source.shape
+        self.shape = torch.Size((n, step.weight.shape[1], 2 * x, 2 * y, 2 * z))
+        self._end, self._halo = 0, source[:, :, :0]
 
     def slab(self, start: int, end: int) -> Tensor:
+        """Rows from ``start`` to ``end``; the last two of the slab before are not made again."""
+        overlap = self._end - start
+        if 0 < overlap <= self._halo.shape[2]:
+            rows = torch.cat([self._halo[:, :, -overlap:], self._computed(self._end, end)], 2)
+        else:
+            rows = self._computed(start, end)
+        self._end, self._halo = end, rows[:, :, -2:].clone()
+        return rows
+
+    def _computed(self, start: int, end: int) -> Tensor:
         low, high = max((start - 1) // 2, 0), min(end // 2 + 1, self.source.shape[2])
         y = self.step(self.source[:, :, low:high])
         # The outermost rows lack a neighbour, unless they are the volume's own border.
