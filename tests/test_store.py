@@ -19,12 +19,16 @@ from synthbrain.errors import (
     StoreError,
     StoreFullError,
 )
-from synthbrain.header import Geometry
-from synthbrain.store import Store
+from synthbrain.header import Geometry, LatentGeometry
+from synthbrain.store import Store, stored_shape
 from synthbrain.testing import TINY, check_store
 
 HALF = TINY.model_copy(update={"dtype": "float16"})
 FULL = Geometry()
+LATENT = LatentGeometry()
+GEOMETRIES = pytest.mark.parametrize(
+    "geometry", [TINY, HALF, FULL, LATENT], ids=["tiny", "float16", "full size", "latent"]
+)
 
 
 def values(geometry=TINY, seed=0):
@@ -32,6 +36,12 @@ def values(geometry=TINY, seed=0):
     if geometry.dtype == "uint8":
         return draw.integers(0, 256, geometry.shape, dtype=np.uint8)
     return draw.random(geometry.shape).astype(geometry.dtype)
+
+
+def inner_box(geometry):
+    """Start and size of a box inside, astride chunks where there are several."""
+    start = tuple(n // 5 for n in geometry.shape)
+    return start, tuple(n - 2 * s for n, s in zip(geometry.shape, start, strict=True))
 
 
 def flip(path, position):
@@ -73,7 +83,7 @@ def test_the_contract_of_a_store(store):
     check_store(store)
 
 
-@pytest.mark.parametrize("geometry", [HALF, FULL], ids=["float16", "full size"])
+@pytest.mark.parametrize("geometry", [HALF, FULL, LATENT], ids=["float16", "full size", "latent"])
 def test_the_contract_of_a_store_of_another_geometry(tmp_path, geometry):
     check_store(Store(tmp_path, geometry))
 
@@ -285,6 +295,21 @@ def test_a_store_of_another_geometry_is_refused(store):
             with pytest.raises(GeometryError, match="use another store folder"):
                 act()
     assert store.positions() == [0]
+    with pytest.raises(GeometryError):
+        Store(store.root, LATENT).read(0)
+
+
+def test_the_shape_of_what_is_stored_is_read_from_the_first_sound_block(tmp_path):
+    assert stored_shape(tmp_path) is None
+    store = Store(tmp_path, LATENT)
+    for position in (0, 1000):
+        store.write(position, values(LATENT))
+    assert stored_shape(tmp_path) == (3, 20, 28, 20)
+    for text in ("{", "[]", '{"shape": 3}', "{}"):
+        (store.block_path(0) / "zarr.json").write_text(text)
+        assert stored_shape(tmp_path) == (3, 20, 28, 20)
+    (store.block_path(1) / "zarr.json").unlink()
+    assert stored_shape(tmp_path) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "\xff"])
@@ -400,7 +425,7 @@ def test_a_read_only_disk_is_read_and_refuses_writes(small_disk):
 # Parity with other readers and writers of Zarr
 
 
-@pytest.mark.parametrize("geometry", [TINY, HALF, FULL], ids=["tiny", "float16", "full size"])
+@GEOMETRIES
 def test_zarr_reads_what_we_write(tmp_path, geometry):
     store = Store(tmp_path, geometry, {"made_by": "somebody"})
     volumes = {position: values(geometry, seed=position) for position in (0, 17, 999)}
@@ -410,11 +435,17 @@ def test_zarr_reads_what_we_write(tmp_path, geometry):
     assert array.shape == (1000, *geometry.shape)
     assert array.dtype == geometry.dtype
     assert array.attrs["made_by"] == "somebody"
-    assert array.attrs["scale"] == geometry.scale
-    assert array.metadata.dimension_names == ("volume", "x", "y", "z")
+    if geometry is LATENT:
+        assert array.attrs["representation"] == "latent"
+        assert array.metadata.dimension_names == ("volume", "channel", "x", "y", "z")
+        assert array.dtype == np.float16
+        assert array.chunks == (1, 3, 20, 28, 20)
+    else:
+        assert array.attrs["scale"] == geometry.scale
+        assert array.metadata.dimension_names == ("volume", "x", "y", "z")
     for position, volume in volumes.items():
         assert np.array_equal(array[position], volume)
-    start, size = (3, 11, 5), (9, 2, 11)
+    start, size = inner_box(geometry)
     box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
     assert np.array_equal(array[(17, *box)], store.read_patch(17, start, size))
     assert not array[1].any()
@@ -433,22 +464,25 @@ def headed(geometry):
 
 
 @pytest.mark.parametrize("empties", [False, True], ids=["left out", "written"])
-@pytest.mark.parametrize("geometry", [TINY, HALF, FULL], ids=["tiny", "float16", "full size"])
+@GEOMETRIES
 def test_we_read_what_zarr_writes(by_zarr, geometry, empties):
-    volumes = {0: values(geometry, seed=1), 17: headed(geometry)}
+    volumes = {0: values(geometry, seed=1)}
+    if geometry.chunks != geometry.shape:
+        volumes[17] = headed(geometry)
     with zarr.config.set({"array.write_empty_chunks": empties}):
         store = by_zarr(geometry, volumes)
-    assert store.stored([0, 1, 17]).tolist() == [True, False, True]
+    assert store.stored([0, 1, 17]).tolist() == [True, False, 17 in volumes]
     for position, volume in volumes.items():
         assert np.array_equal(store.read(position), volume)
-        start, size = (1, 2, 3), tuple(n - 4 for n in geometry.shape)
+        start, size = inner_box(geometry)
         box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
         assert np.array_equal(store.read_patch(position, start, size), volume[box])
     assert all(damage is None for _, damage in store.verify())
 
 
-def test_our_block_header_is_the_one_zarr_writes(by_zarr):
-    store = by_zarr(TINY, {})
+@GEOMETRIES
+def test_our_block_header_is_the_one_zarr_writes(by_zarr, geometry):
+    store = by_zarr(geometry, {})
     written = json.loads((store.block_path(0) / "zarr.json").read_text())
     ours = store.metadata()
     for key in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):

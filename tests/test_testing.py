@@ -11,6 +11,7 @@ from synthbrain.store import Store
 from synthbrain.testing import (
     TINY,
     TinyGenerator,
+    TinyLatentGenerator,
     check_generator,
     check_source,
     check_store,
@@ -56,6 +57,66 @@ def test_a_sound_generator_passes():
 def test_a_generator_that_breaks_a_promise_is_caught(generator, says):
     with pytest.raises(AssertionError, match=re.escape(says)):
         check_generator(generator())
+
+
+def test_a_sound_latent_generator_passes():
+    check_generator(TinyLatentGenerator())
+    check_generator(TinyLatentGenerator((8, 8, 8), batch_size=1))
+
+
+def other_latents(change):
+    """A tiny latent generator that gives other latents than it decodes."""
+    return broken(
+        TinyLatentGenerator,
+        sample=lambda self, rows: DECODE(self, DRAW(self, rows)),
+        sample_latents=lambda self, rows: change(DRAW(self, rows)),
+    )
+
+
+def other_volumes(change):
+    """A tiny latent generator that decodes into other volumes than it samples."""
+    return broken(
+        TinyLatentGenerator,
+        sample=lambda self, rows: DECODE(self, DRAW(self, rows)),
+        decode=lambda self, latents: change(DECODE(self, latents)),
+    )
+
+
+def sensitive(self, latents):
+    return DECODE(self, latents) if latents.dtype == torch.float32 else DECODE(self, latents + 1)
+
+
+DRAW, DECODE = TinyLatentGenerator.sample_latents, TinyLatentGenerator.decode
+
+
+@pytest.mark.parametrize(
+    ("generator", "says"),
+    [
+        (other_latents(lambda x: x[:, :2]), "latents of shape (3, 2, 2, 3, 2), expected (3, 3,"),
+        (other_latents(torch.Tensor.double), "latents of type torch.float64"),
+        (other_latents(lambda x: torch.cat((x[:, :1] / 0, x[:, 1:]), 1)), "not all finite"),
+        (other_latents(lambda x: torch.cat((x[:, :2], x[:, 2:] - 1e5), 1)), "do not fit float16"),
+        (other_latents(lambda x: x * 3 / (2 + len(x))), "the latent of row 1 differs by"),
+        (other_volumes(lambda x: x[:, 0]), "decode() gives shape (3, 16, 24, 16)"),
+        (other_volumes(torch.Tensor.double), "decode() gives torch.float64"),
+        (other_volumes(lambda x: x - 1), "decode() gives -0."),
+        (other_volumes(lambda x: x + 1), "above 1"),
+        (other_volumes(lambda x: 1 - x), "off sample(rows)"),
+        (broken(TinyLatentGenerator, decode=sensitive), "decoded from float16"),
+    ],
+)
+def test_a_latent_generator_that_breaks_a_promise_is_caught(generator, says):
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        check_generator(generator())
+
+
+def test_a_latent_shape_of_three_axes_is_caught():
+    generator = TinyLatentGenerator()
+    generator.latent_shape = (3, 2, 3)
+    generator.sample_latents = lambda rows: DRAW(TinyLatentGenerator(), rows)
+    generator.decode = lambda latents: DECODE(TinyLatentGenerator(), latents)
+    with pytest.raises(AssertionError, match=re.escape("latent_shape (3, 2, 3), expected (chan")):
+        check_generator(generator)
 
 
 def test_a_generator_that_takes_no_rows_is_caught():
