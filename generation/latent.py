@@ -60,7 +60,7 @@ class LatentDiffusion:
     weights
         A checkpoint with the networks ``"autoencoder"`` and ``"unet"``.
     options
-        How to sample; DPM-Solver++ with 20 steps by default.
+        How to sample; UniPC with 20 steps by default.
     decode
         ``"whole"``, ``"slabs"`` (a third of the memory, exact, slower), or ``"auto"``, which
         looks at the free memory.

@@ -40,7 +40,7 @@ class Options:
         little and kernels chosen by batch size would change the last bits.
     """
 
-    solver: str = "dpm++"
+    solver: str = "unipc"
     steps: int = 20
     spacing: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

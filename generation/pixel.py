@@ -27,7 +27,7 @@ class PixelDiffusion:
     weights
         A checkpoint with the network ``"unet"``.
     options
-        How to sample; DPM-Solver++ with 20 steps by default.
+        How to sample; UniPC with 20 steps by default.
     progress
         Told about every step.
     """

@@ -120,7 +120,7 @@ class TestIdentity:
             digest(dtype="float32"),
             digest(dtype="bfloat16"),
             digest(dtype="float32", steps=21),
-            digest(dtype="float32", solver="ddim"),
+            digest(dtype="float32", solver="dpm++"),
             digest(dtype="float32", spacing="trailing"),
             digest(RandomWeights(narrow("ukb-ldm"), seed=1), dtype="float32"),
         }
@@ -129,7 +129,7 @@ class TestIdentity:
     def test_provenance_names_weights_sampler_and_versions(self):
         found = LatentDiffusion(RandomWeights(narrow("ukb-ldm")), FLOAT32).provenance
         assert found["weights"] == "random"
-        assert (found["solver"], found["steps"], found["dtype"]) == ("dpm++", "6", "float32")
+        assert (found["solver"], found["steps"], found["dtype"]) == ("unipc", "6", "float32")
         assert found["torch"] == torch.__version__
         assert all(isinstance(value, str) for value in found.values())
 
