@@ -70,7 +70,7 @@ class LatentGenerator(Generator, Protocol):
 
     - ``sample(rows)`` equals ``decode(sample_latents(rows))``;
     - latents are finite and fit float16, as which they are stored; decoded from there, a volume
-      differs by the rounding alone, on average by less than half a grey level of 255.
+      differs by the rounding alone, on average by less than a grey level of 255.
     """
 
     latent_shape: tuple[int, int, int, int]

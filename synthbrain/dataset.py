@@ -259,7 +259,7 @@ where, ids, limit, extrapolate
         Returns
         -------
         torch.Tensor
-            ``(n, 1, x, y, z)`` float32 in [0, 1].
+            ``(n, 1, x, y, z)`` float32 in [0, 1], fit to train on.
 
         Raises
         ------
@@ -281,7 +281,9 @@ where, ids, limit, extrapolate
                 f"latents must have shape (n, {', '.join(map(str, expected))}), "
                 f"found {tuple(latents.shape)}"
             )
-        return generator.decode(latents)
+        volumes = generator.decode(latents)
+        # Autograd refuses what was made in inference mode, also as the input of a network.
+        return volumes.clone() if volumes.is_inference() else volumes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch patch positions are drawn for; reaches running workers."""

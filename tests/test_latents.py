@@ -465,6 +465,15 @@ def test_decoding_a_batch_gives_its_images(dataset):
         assert torch.equal(images.decode(batch["latent"]), volumes)
 
 
+def test_decoded_volumes_can_be_trained_on(dataset):
+    generator = TinyLatentGenerator()
+    generator.decode = torch.inference_mode()(generator.decode)
+    ds = dataset(generator=generator)
+    network = torch.nn.Conv3d(1, 1, 3)
+    network(ds.decode(ds[0]["latent"][None])).mean().backward()
+    assert network.weight.grad.any()
+
+
 def test_decoding_takes_latents_of_the_right_shape_and_a_generator(dataset):
     ds = dataset()
     sample = ds[0]["latent"]
