@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -262,8 +263,6 @@ def digest_of(weights: Checkpoint, options: Options) -> str:
 
 def provenance_of(weights: Checkpoint, options: Options) -> dict[str, str]:
     """How a checkpoint's samples come about, as text."""
-    import monai
-
     return {
         "weights": weights.name,
         "weights_digest": weights.digest,
@@ -271,7 +270,7 @@ def provenance_of(weights: Checkpoint, options: Options) -> dict[str, str]:
         **options.words(),
         "device": str(options.place),
         "torch": torch.__version__,
-        "monai": monai.__version__,
+        "monai": version("monai"),
     }
 
 

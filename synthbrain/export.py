@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -213,6 +213,8 @@ class Export:
     layout: Layout
     dtype: DType = "uint8"
     authors: tuple[str, ...] = ()
+    _new: set[int] = field(init=False, default_factory=set, repr=False)
+    """Rows whose volumes this export had made."""
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -288,7 +290,9 @@ class Export:
             )
 
     def _refuse_unavailable(self, todo: list[int]) -> None:
-        lost = self.dataset.resolver.plan(todo).unavailable
+        plan = self.dataset.resolver.plan(todo)
+        lost = plan.unavailable
+        self._new.update(plan.sample.tolist())
         if len(lost):
             raise MissingVolumeError(
                 f"{len(lost):,} of {len(self._ids):,} volumes are not stored, "
@@ -312,13 +316,17 @@ class Export:
         return id
 
     def _provenance(self, index: int) -> dict[str, Any]:
-        row = self.dataset.manifest.table.iloc[index]
+        resolver, row = self.dataset.resolver, self.dataset.manifest.table.iloc[index]
+        about = resolver.store_of(index).about(self.dataset.manifest.positions[index])
+        cost = getattr(resolver.generator, "report", None) if index in self._new else None
         facts = {
             "Description": _DESCRIPTION,
             "Row": self._ids[index],
             "Manifest": self._source["Manifest"],
             "ManifestRowsDigest": self._source["RowsDigest"],
-            "Generator": self.dataset.resolver.maker_of(index),
+            "Generator": resolver.maker_of(index),
+            "GeneratedWith": about.get("provenance") or None,
+            "GenerationCost": cost,
             "Seed": None if row["origin"] == PUBLISHED else int(row["seed"]),
             "NormalisedCovariates": {c.name: float(row[c.name]) for c in COVARIATES}
             if self._header.conditional

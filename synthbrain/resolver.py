@@ -529,11 +529,14 @@ class Resolver:
 
     def _store(self, maker: str) -> Store:
         root = self.manifest.header.parent or self.manifest.header
-        return Store(
-            self._folder(maker),
-            self.geometry,
-            {"manifest": root.name, "rows_digest": root.rows_digest, "made_by": maker},
-        )
+        about: dict[str, Any] = {
+            "manifest": root.name,
+            "rows_digest": root.rows_digest,
+            "made_by": maker,
+        }
+        if maker != PUBLISHED:
+            about["provenance"] = dict(getattr(self.generator, "provenance", {}))
+        return Store(self._folder(maker), self.geometry, about)
 
     def _ids(self, rows: NDArray[np.int64]) -> list[str]:
         return self.manifest.table.index[rows].tolist()

@@ -121,6 +121,14 @@ class Store:
                 found[i] = path.name in names and self.layout.check(path)
         return found
 
+    def about(self, position: int) -> dict[str, Any]:
+        """What the block of a volume says of itself: the attributes it was written with."""
+        try:
+            path = self.block_path(int(position) // BLOCK) / "zarr.json"
+            return dict(json.loads(path.read_text())["attributes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def read(
         self, position: int, *, out: Array | None = None, threads: Executor | None = None
     ) -> Array:

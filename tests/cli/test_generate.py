@@ -42,6 +42,19 @@ class TestFiles:
         assert found["age"] == pytest.approx(26 / 38, abs=1e-6)
         assert (found["ventricular_volume"], found["brain_volume"]) == (0.7, 0.5)
 
+    def test_every_file_says_how_it_was_made(self, run, tmp_path):
+        run("generate", "--generator", "ldm", "--out", "now")
+        run("generate", "--generator", "ldm", "--out", "later")
+        now, later = (
+            json.loads((tmp_path / out / "generated000000.json").read_text())
+            for out in ("now", "later")
+        )
+        for name in ("weights_digest", "solver", "steps", "dtype", "torch", "monai"):
+            assert now["GeneratedWith"][name] == later["GeneratedWith"][name]
+        assert isinstance(now["Seed"], int)
+        assert now["GenerationCost"].keys() == {"ms_per_step", "ms_per_decode", "peak_gb"}
+        assert "GenerationCost" not in later  # it came from the store
+
     def test_the_bundles_own_names_are_understood(self, run, tmp_path):
         published = ("--gender", "1.0", "--age", "0.7", "--ventricular_vol", "0.7")
         ours = ("--sex", "male", "--age", "0.7", "--ventricles", "0.7")
