@@ -94,6 +94,9 @@ def precision():
             decoder = LatentDiffusion(weights, options)._decoder
             raw = decoder(latent) if mode == "whole" else decoder.in_slabs(latent)
             volumes[dtype, mode] = raw.float()
+        halves = LatentDiffusion(weights, Options(dtype="float32", device="cpu"))._decoder(
+            latent.half()
+        )
     plain, exact = outputs["float32", False], volumes["float32", "whole"]
 
     def decibels(found, expected):
@@ -109,6 +112,7 @@ def precision():
         "step, bfloat16, largest error": relative(outputs["bfloat16", True], plain),
         "step, bfloat16, PSNR dB": decibels(outputs["bfloat16", True], plain),
         "slabs, float32, largest error": relative(volumes["float32", "slabs"], exact),
+        "latent rounded to float16, decoded in float32, PSNR dB": decibels(halves, exact),
         "decode, bfloat16, PSNR dB": decibels(volumes["bfloat16", "whole"], exact),
     }
 
