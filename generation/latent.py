@@ -43,10 +43,25 @@ VERSION = 1
 class Checkpoint(Protocol):
     """Weights of one system; see :class:`generation.weights.Weights`."""
 
-    name: str
-    preset: Preset
-    target: str
-    digest: str
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def preset(self) -> Preset:
+        """Its system."""
+        ...
+
+    @property
+    def target(self) -> str:
+        """What its U-Net predicts."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of its weights."""
+        ...
 
     def network(self, name: str) -> nn.Module:
         """One of its networks, in evaluation mode."""

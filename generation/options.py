@@ -16,6 +16,9 @@ SPACINGS = {"ddim": "trailing", "ddpm": "trailing", "euler": "trailing"}
 """Spacing a solver takes unless told otherwise; the others take ``"logsnr"``."""
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
 @dataclass(frozen=True)
 class Options:
     """How to sample.
@@ -55,6 +58,10 @@ class Options:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; found {self.solver!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {self.dtype!r}")
+        if self.place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} needs a GPU, and PyTorch sees none here")
 
     @classmethod
     def published(cls, preset: Preset, **others: Any) -> Options:

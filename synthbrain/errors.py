@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from generation.covariates import CovariateError
+from generation.errors import WeightsError
 
 __all__ = [
     "CovariateError",
@@ -16,6 +17,7 @@ __all__ = [
     "StoreFullError",
     "SynthBrainError",
     "UsageError",
+    "WeightsError",
 ]
 
 

@@ -217,6 +217,11 @@ class Export:
     """Rows whose volumes this export had made."""
 
     def __post_init__(self) -> None:
+        if self.dataset.representation != "image":
+            raise UsageError(
+                f"exports are of volumes, not of {self.dataset.representation}s; open the dataset "
+                "with representation='image'"
+            )
         if self.dtype not in _DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(_DTYPES)}; found {self.dtype!r}")
         stored_as = self._header.geometry.dtype

@@ -122,9 +122,12 @@ def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
     if system is PixelDiffusion:
         others.pop("decode", None)
     try:
-        return system(found, Options(**sampling), **others)
-    except (TypeError, ValueError) as error:
-        raise GeneratorError(f"{name} cannot sample like this: {error}") from None
+        options = Options(**sampling)
+        options.solution(found.preset)
+        return system(found, options, **others)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise GeneratorError(f"{name} cannot sample like this: {reason}") from None
 
 
 def _warn_once(name: str) -> None:

@@ -364,3 +364,13 @@ def test_patches_transforms_and_units_do_not_matter(dataset, tmp_path, store):
     export_bids(dataset, tmp_path / "one", progress=False)
     export_bids(odd, tmp_path / "two", progress=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_latents_are_refused(tmp_path):
+    from synthbrain.testing import TinyLatentGenerator
+
+    ds = SynthBrainDataset(
+        tiny_manifest(2), generator=TinyLatentGenerator(), representation="latent", store=tmp_path
+    )
+    with pytest.raises(UsageError, match="exports are of volumes, not of latents"):
+        export_nifti(ds, tmp_path / "out")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import synthbrain
-from synthbrain.cli import demo, generate, info, manifests, volumes
+from synthbrain.cli import demo, generate, info, manifests, volumes, weights
 from synthbrain.cli.console import Commands, examples
 
 __all__ = ["app", "main"]
@@ -62,6 +62,7 @@ info.register(app)
 manifests.register(app)
 volumes.register(app)
 generate.register(app)
+weights.register(app)
 
 
 def main() -> None:

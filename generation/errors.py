@@ -1,0 +1,7 @@
+"""Errors of the models that users meet."""
+
+from __future__ import annotations
+
+
+class WeightsError(ValueError):
+    """Weights that are not there, cannot be fetched, or are not what they should be."""

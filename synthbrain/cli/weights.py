@@ -1,0 +1,147 @@
+"""``synthbrain weights``: the checkpoints of generators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from synthbrain.cli.console import examples, say, show_json, show_table
+from synthbrain.cli.options import Json
+from synthbrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from generation.weights import Published, Weights
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="What the weights are called.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="List, fetch, add and remove the weights of generators.",
+    epilog=examples("synthbrain weights list", "synthbrain weights pull ukb-ldm"),
+)
+
+
+@app.command(name="list", epilog=examples("synthbrain weights list --json"))
+def list_(json: Json = False) -> None:
+    """Show what is published and what is installed."""
+    from generation.weights import PUBLISHED, installed
+
+    here = installed(_folder())
+    rows = [_entry(name, PUBLISHED.get(name), here.get(name)) for name in {**PUBLISHED, **here}]
+    if json:
+        show_json(rows)
+        return
+    columns = ("name", "system", "covariates", "installed", "source")
+    show_table(columns, [[str(row[column]) for column in columns] for row in rows])
+
+
+@app.command(
+    epilog=examples("synthbrain weights pull ukb-ldm", "synthbrain weights pull ukb-ldm --force")
+)
+def pull(
+    name: Name,
+    force: Annotated[
+        bool, typer.Option("--force", metavar=" ", help="Fetch again what is here already.")
+    ] = False,
+) -> None:
+    """Fetch published weights from the Hugging Face Hub, check and install them.
+
+    HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as usual.
+    """
+    from generation import weights
+
+    published = weights.PUBLISHED.get(name)
+    if published is not None:
+        say(f"from: https://huggingface.co/{published.repo}")
+        say(f"intended use: {published.use}")
+        say(f"licence: {published.licence}")
+        say(f"cite: {published.citation}")
+    _installed(weights.pull(name, _folder(), force=force))
+
+
+@app.command(
+    epilog=examples(
+        "synthbrain weights add ours --autoencoder autoencoder.pt --diffusion model.pt",
+        "synthbrain weights add pixel --preset medforj --diffusion ema.pt --target flow",
+    )
+)
+def add(
+    name: Name,
+    diffusion: Annotated[Path, typer.Option(metavar="FILE", help="The U-Net's checkpoint.")],
+    autoencoder: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The autoencoder's; for latent systems.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(metavar="SYSTEM", help="ukb-ldm or medforj: architecture and schedule.")
+    ] = "ukb-ldm",
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="epsilon, sample, velocity or flow; the system's own."),
+    ] = None,
+) -> None:
+    """Install weights from files: MONAI's layout or the older GenerativeModels one."""
+    from generation import weights
+    from generation.diffusion import TARGETS
+
+    if preset not in ("ukb-ldm", "medforj"):
+        raise UsageError(f"--preset must be ukb-ldm or medforj; found {preset!r}")
+    if target is not None and target not in TARGETS:
+        raise UsageError(f"--target must be one of {', '.join(TARGETS)}; found {target!r}")
+    files = {"unet": diffusion} | ({} if autoencoder is None else {"autoencoder": autoencoder})
+    _installed(weights.add(name, files, _folder(), preset=preset, target=target))
+
+
+@app.command(epilog=examples("synthbrain weights path ukb-ldm"))
+def path(name: Name) -> None:
+    """Print the folder installed weights lie in."""
+    from generation.weights import load
+
+    print(load(name, _folder()).folder)
+
+
+@app.command(epilog=examples("synthbrain weights remove ukb-ldm"))
+def remove(name: Name) -> None:
+    """Delete installed weights; the Hub's own cache keeps what it holds."""
+    from generation.weights import remove as delete
+
+    delete(name, _folder())
+    say(f"{name} is removed")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the group of commands."""
+    parent.add_typer(app, name="weights")
+
+
+def _folder() -> Path:
+    from synthbrain.generators import weights_folder
+
+    return weights_folder()
+
+
+def _installed(weights: Weights) -> None:
+    say(f"{weights.name} is installed ({weights.digest[:8]})")
+    say(f"next: synthbrain generate -n 1 --generator {weights.name} --out brains")
+    print(weights.folder)
+
+
+def _entry(name: str, published: Published | None, here: Weights | None) -> dict[str, Any]:
+    """What is known of some weights, for the table and as JSON."""
+    from generation.presets import load_preset
+    from synthbrain.plan import size_text
+
+    preset = here.preset if here else load_preset(published.preset if published else "")
+    size = sum(p.stat().st_size for p in here.folder.iterdir()) if here else 0
+    source = dict(here.source) if here else {}
+    return {
+        "name": name,
+        "system": preset.system,
+        "covariates": "all four" if preset.system == "latent" else "none",
+        "installed": size_text(size) if here else "no",
+        "source": source.get("repo") or (published.repo if published else "files"),
+        "digest": here.digest if here else None,
+    }

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+
+from generation import weights
+from generation.presets import load_preset
+from generation.testing import narrow, random_network
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "load_preset", narrow)
+    preset = narrow("ukb-ldm")
+    for name in preset.networks:
+        torch.save(random_network(preset, name).state_dict(), tmp_path / f"{name}.pt")
+    return ("--autoencoder", "autoencoder.pt", "--diffusion", "unet.pt")
+
+
+def test_list_names_what_is_published(run):
+    done = run("weights", "list")
+    assert done.exit_code == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines[1:]] == list(weights.PUBLISHED)
+    assert lines[1][1:5] == ["latent", "all", "four", "no"]
+    assert lines[2][1:4] == ["pixel", "none", "no"]
+
+
+def test_add_list_path_generate_remove(run, checkpoints, tmp_path):
+    done = run("weights", "add", "ours", *checkpoints)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "home" / "weights" / "ours")
+    assert "next: synthbrain generate -n 1 --generator ours --out brains" in done.stderr
+    listed = json.loads(run("weights", "list", "--json").stdout)
+    ours = next(entry for entry in listed if entry["name"] == "ours")
+    assert ours["installed"].endswith("MB")
+    assert len(ours["digest"]) == 64
+    assert run("weights", "path", "ours").stdout.strip().endswith("/weights/ours")
+    done = run("generate", "--generator", "ours", "--steps", 2, "--solver", "ddim", "--out", "x")
+    assert done.exit_code == 0, done.stderr
+    assert run("weights", "remove", "ours").exit_code == 0
+    assert run("weights", "path", "ours").exit_code == 2
+
+
+@pytest.mark.usefixtures("checkpoints")
+def test_options_that_do_not_fit_a_generator(run, checkpoints):
+    run("weights", "add", "ours", *checkpoints)
+    for wrong, message in (
+        (("--solver", "plms"), "solver must be one of ddim"),
+        (("--steps", "1001"), "steps must lie between 1 and 1000"),
+        (("--precision", "int8"), "dtype must be"),
+        (("--device", "toaster"), "toaster"),
+    ):
+        done = run("generate", "--generator", "ours", *wrong, "--out", "x")
+        assert done.exit_code == 2, done.stdout
+        assert message in done.stderr
+        assert done.stderr.count("error:") == 1
+
+
+def test_pull_says_what_the_weights_are_for(run, monkeypatch):
+    def refused(*_, **__):
+        raise weights.WeightsError("the Hub answered 500; try again later")
+
+    monkeypatch.setattr(weights, "pull", refused)
+    done = run("weights", "pull", "ukb-ldm")
+    assert done.exit_code == 2
+    assert "intended use: Research" in done.stderr
+    assert "not for clinical use" in done.stderr
+    assert "never re-hosts" in done.stderr
+    assert "error: the Hub answered 500" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("pull", "nobody"), "unknown weights 'nobody'"),
+        (("path", "ukb-ldm"), "synthbrain weights pull ukb-ldm"),
+        (("remove", "ukb-ldm"), "no weights 'ukb-ldm'"),
+        (("add", "x", "--diffusion", "gone.pt"), "expected files of autoencoder, unet"),
+        (("add", "x", "--diffusion", "gone.pt", "--preset", "x"), "--preset must be"),
+        (("add", "x", "--diffusion", "gone.pt", "--target", "x"), "--target must be one of"),
+    ],
+)
+def test_errors_are_one_line(run, line, message):
+    done = run("weights", *line)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+def test_presets_are_those_the_options_name():
+    assert load_preset("ukb-ldm").system == "latent"
+    assert load_preset("medforj").system == "pixel"
