@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -91,6 +95,44 @@ class TestFiles:
         done = run(*line)
         assert done.exit_code == 0, done.stderr
         assert "0 new, 2 volumes" in done.stderr
+
+
+KILLED = """
+import os, signal
+from generation.latent import LatentDiffusion
+from generation.options import Options
+from generation.testing import RandomWeights, narrow
+from synthbrain import generators
+class Killed(LatentDiffusion):
+    made = 0
+    def sample(self, rows):
+        if Killed.made == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        Killed.made += 1
+        return super().sample(rows)
+generators.GENERATORS["ldm"] = lambda: Killed(RandomWeights(narrow("ukb-ldm")), Options(steps=2))
+from synthbrain.cli import main
+main()
+"""
+
+
+def test_killed_and_run_again_it_makes_only_what_is_missing(run, tmp_path, home, monkeypatch):
+    line = ("generate", "-n", "8", "--generator", "ldm", "--out", "eight")
+    env = os.environ | {"SYNTHBRAIN_HOME": str(home)}
+    command = [sys.executable, "-c", KILLED, *line]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    sample, made = LatentDiffusion.sample, []
+
+    def counted(self, rows):
+        made.extend(rows.index)
+        return sample(self, rows)
+
+    monkeypatch.setattr(LatentDiffusion, "sample", counted)
+    done = run(*line)
+    assert done.exit_code == 0, done.stderr
+    assert len(made) == 5
+    assert len(images(tmp_path / "eight")) == 8
 
 
 class TestUnconditional:

@@ -12,7 +12,7 @@ from synthbrain import generators
 from synthbrain.cli import app
 from synthbrain.testing import TinyGenerator
 
-COMMANDS = ("demo", "info", "select", "draw", "fill", "verify", "export")
+COMMANDS = ("demo", "info", "select", "draw", "fill", "verify", "export", "generate")
 
 SLOW_TINY = """
 import signal, sys, time
