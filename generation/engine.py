@@ -200,7 +200,7 @@ class RowNoise:
 
 @dataclass
 class Timing:
-    """What a stage took since it was last asked."""
+    """What a stage took: all calls together, and how many."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -300,7 +300,7 @@ class Sampler:
         )
         synchronise(device)
         self.step.seconds += time.perf_counter() - began
-        self.step.calls += len(denoiser.solution)
+        self.step.calls += len(denoiser.solution) * len(seeds)
         return sample
 
 

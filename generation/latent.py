@@ -136,7 +136,7 @@ class LatentDiffusion:
 
     @property
     def report(self) -> dict[str, float]:
-        """Milliseconds per step and per decoded volume, and the peak of memory in GB."""
+        """Milliseconds a volume takes per step and to decode, and the peak of memory in GB."""
         step, decode = self._step, self._decoding
         return {
             "ms_per_step": 1e3 * step.seconds / max(step.calls, 1),
@@ -224,8 +224,9 @@ class LatentDiffusion:
             ``(n, 3, 20, 28, 20)`` float32, on the device.
         """
         device = self.options.place
-        encoder = self._autoencoder.to(device)
-        means = [encoder.encode(volume[None].to(device).float())[0] for volume in volumes]  # type: ignore[operator]
+        encoder: Any = self._autoencoder.to(device)
+        dtype = next(encoder.parameters()).dtype
+        means = [encoder.encode(volume[None].to(device, dtype))[0].float() for volume in volumes]
         return torch.cat(means) if means else torch.empty((0, *self.latent_shape), device=device)
 
     def _decoded(self, latent: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class PixelDiffusion:
 
     @property
     def report(self) -> dict[str, float]:
-        """Milliseconds per step, and the peak of memory in GB."""
+        """Milliseconds a volume takes per step, and the peak of memory in GB."""
         step = self._step
         return {
             "ms_per_step": 1e3 * step.seconds / max(step.calls, 1),
