@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generation.layers import CHANNELS_LAST, Convolution, Norm, Upsampling
+from generation.layers import CHANNELS_LAST, Convolution, Moments, Norm, Upsampling
 
 SLAB_BYTES = 192 * 2**20
 """Size of a slab's widest tensor."""
-
-_CHUNK = 16384
-"""Voxels whose statistics are taken at once on a CPU: few enough to stay in its cache."""
 
 
 class FastDecoder(nn.Module):
@@ -106,7 +103,7 @@ class FastDecoder(nn.Module):
         h = latent.to(self.dtype, memory_format=CHANNELS_LAST)
         for step in self.first:
             h = step(h)
-        rows: _Rows = _Stored(h, _Gather().add(h))
+        rows: _Rows = _Stored(h, Moments().add(h))
         del h
         stages: Iterable[_Residual | _Upsample] = self.body  # type: ignore[assignment]
         for done, stage in enumerate(stages, 1):
@@ -151,16 +148,16 @@ class _Residual(nn.Module):
     def in_slabs(self, rows: _Rows, slab_bytes: int) -> _Rows:
         in_place = isinstance(rows, _Stored) and isinstance(self.shortcut, nn.Identity)
         total = rows.slab(0, rows.shape[2]) if in_place else _like(rows, self.conv1)
-        hidden, gather = _like(rows, self.conv1), _Gather()
+        hidden, moments = _like(rows, self.conv1), Moments()
         for place, x, y in _sweep(rows, self.norm1, self.conv1, slab_bytes):
             hidden[:, :, place] = y
-            gather.add(y)
+            moments.add(y)
             if not in_place:
                 total[:, :, place] = self.shortcut(x)
-        middle, gather = _Stored(hidden, gather), _Gather()
+        middle, moments = _Stored(hidden, moments), Moments()
         for place, _, y in _sweep(middle, self.norm2, self.conv2, slab_bytes):
-            gather.add(total[:, :, place].add_(y))
-        return _Stored(total, gather)
+            moments.add(total[:, :, place].add_(y))
+        return _Stored(total, moments)
 
 
 class _Upsample(Upsampling):
@@ -169,43 +166,8 @@ class _Upsample(Upsampling):
     def in_slabs(self, rows: _Rows, slab_bytes: int) -> _Rows:
         upsampled = _Upsampled(rows.slab(0, rows.shape[2]), self)
         for start, end in _ranges(upsampled.shape, slab_bytes, self.weight.element_size()):
-            upsampled.gather.add(upsampled.slab(start, end))
+            upsampled.moments.add(upsampled.slab(start, end))
         return upsampled
-
-
-class _Gather:
-    """Mean and variance per channel of everything added, in float64 (Chan et al. 1983)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
-
-    def add(self, slab: Tensor) -> _Gather:
-        values = slab.permute(0, 2, 3, 4, 1).flatten(0, 3)
-        chunk = _CHUNK if slab.device.type == "cpu" else len(values)
-        for part in values.split(chunk):
-            exact = part.to(torch.promote_types(part.dtype, torch.float32))
-            mean = exact.mean(0)
-            squares = (exact - mean).square_().sum(0)
-            self._merge(len(part), mean.double(), squares.double())
-        return self
-
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        total = self.count + count
-        shift = mean - self.mean.to(mean.device)
-        self.squares = self.squares.to(mean.device) + squares
-        self.squares = self.squares + shift.square() * (self.count * count / total)
-        self.mean = self.mean.to(mean.device) + shift * (count / total)
-        self.count = total
-
-    def grouped(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each channel's group, ``(c,)``."""
-        means = self.mean.view(groups, -1)
-        mean = means.mean(1, keepdim=True)
-        within = (self.squares / self.count).view(groups, -1)
-        variance = (within + (means - mean).square()).mean(1, keepdim=True)
-        return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +175,7 @@ class _Stored:
     """Rows along x that lie in memory, and their statistics."""
 
     tensor: Tensor
-    gather: _Gather
+    moments: Moments
 
     @property
     def shape(self) -> torch.Size:
@@ -227,7 +189,7 @@ class _Upsampled:
     """Rows along x that are computed when asked for, from the first to the last."""
 
     def __init__(self, source: Tensor, step: _Upsample) -> None:
-        self.source, self.step, self.gather = source, step, _Gather()
+        self.source, self.step, self.moments = source, step, Moments()
         n, _, x, y, z = source.shape
         self.shape = torch.Size((n, step.weight.shape[1], 2 * x, 2 * y, 2 * z))
         self._end, self._halo = 0, source[:, :, :0]
@@ -262,14 +224,11 @@ def _sweep(
     rows: _Rows, norm: Norm, convolution: Convolution, slab_bytes: int, *, activate: bool = True
 ) -> Iterator[_Slab]:
     """Slab by slab: its place, the rows themselves, and their norm and convolution."""
-    mean, variance = (t.to(norm.weight) for t in rows.gather.grouped(norm.groups))
     depth = rows.shape[2]
     for start, end in _ranges(rows.shape, slab_bytes, convolution.weight.element_size()):
         low, high = max(start - 1, 0), min(end + 1, depth)
         x = rows.slab(low, high)
-        h = F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
-        if activate:
-            h = F.silu(h, inplace=True)
+        h = norm.with_moments(x, rows.moments, activate=activate)
         missing = (int(low == start), int(high == end))
         if any(missing):
             h = F.pad(h, (0, 0, 0, 0, *missing))
