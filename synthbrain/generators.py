@@ -100,14 +100,15 @@ def _is_installed(name: str) -> bool:
 
 def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
     from generation import weights
+    from generation.hub import PUBLISHED
 
     if not _is_installed(name):
-        if name in weights.PUBLISHED:
+        if name in PUBLISHED:
             raise GeneratorError(
                 f"the weights of {name!r} are not in {weights_folder()}; fetch them with "
                 f"`synthbrain weights pull {name}`"
             )
-        known = ", ".join(["auto", *GENERATORS, *weights.PUBLISHED])
+        known = ", ".join(["auto", *GENERATORS, *PUBLISHED])
         raise GeneratorError(
             f"unknown generator {name!r}; expected one of {known}, weights added with `synthbrain "
             "weights add`, or an object with the methods of generation.generator.Generator"

@@ -12,7 +12,8 @@ from synthbrain.cli.options import Json
 from synthbrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from generation.weights import Published, Weights
+    from generation.hub import Published
+    from generation.weights import Weights
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the weights are called.")]
 
@@ -28,7 +29,8 @@ app = typer.Typer(
 @app.command(name="list", epilog=examples("synthbrain weights list --json"))
 def list_(json: Json = False) -> None:
     """Show what is published and what is installed."""
-    from generation.weights import PUBLISHED, installed
+    from generation.hub import PUBLISHED
+    from generation.weights import installed
 
     here = installed(_folder())
     rows = [_entry(name, PUBLISHED.get(name), here.get(name)) for name in {**PUBLISHED, **here}]
@@ -53,8 +55,9 @@ def pull(
     HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as usual.
     """
     from generation import weights
+    from generation.hub import PUBLISHED
 
-    published = weights.PUBLISHED.get(name)
+    published = PUBLISHED.get(name)
     if published is not None:
         say(f"from: https://huggingface.co/{published.repo}")
         say(f"intended use: {published.use}")

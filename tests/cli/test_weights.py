@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from generation import weights
+from generation.errors import WeightsError
+from generation.hub import PUBLISHED
 from generation.presets import load_preset
 from generation.testing import narrow, random_network
 
@@ -21,7 +23,7 @@ def test_list_names_what_is_published(run):
     done = run("weights", "list")
     assert done.exit_code == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines[1:]] == list(weights.PUBLISHED)
+    assert [line[0] for line in lines[1:]] == list(PUBLISHED)
     assert lines[1][1:5] == ["latent", "all", "four", "no"]
     assert lines[2][1:4] == ["pixel", "none", "no"]
 
@@ -59,7 +61,7 @@ def test_options_that_do_not_fit_a_generator(run, checkpoints):
 
 def test_pull_says_what_the_weights_are_for(run, monkeypatch):
     def refused(*_, **__):
-        raise weights.WeightsError("the Hub answered 500; try again later")
+        raise WeightsError("the Hub answered 500; try again later")
 
     monkeypatch.setattr(weights, "pull", refused)
     done = run("weights", "pull", "ukb-ldm")

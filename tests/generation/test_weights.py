@@ -14,13 +14,16 @@ import torch
 from local_hub import COMMIT, LocalHub
 from safetensors.torch import load_file, save_file
 
+from generation import hub as hub_files
 from generation import weights
+from generation.checkpoints import fitted
+from generation.hub import Published, RemoteFile
 from generation.latent import LatentDiffusion
 from generation.options import Options
 from generation.pixel import PixelDiffusion
 from generation.presets import load_preset
 from generation.testing import narrow, random_network
-from generation.weights import Published, RemoteFile, WeightsError
+from generation.weights import WeightsError
 
 LDM, MEDFORJ = narrow("ukb-ldm"), narrow("medforj")
 
@@ -65,7 +68,7 @@ def folder(tmp_path):
 
 
 def new_state(old, name):
-    return weights.fitted(old[name].state_dict(), name, LDM, "x")[0]
+    return fitted(old[name].state_dict(), name, LDM, "x")[0]
 
 
 class TestOldLayout:
@@ -91,7 +94,7 @@ class TestOldLayout:
         preset = load_preset("ukb-ldm")
         with torch.device("meta"):
             theirs = old_network(preset, name).state_dict()
-        found, layout = weights.fitted(theirs, name, preset, "x")
+        found, layout = fitted(theirs, name, preset, "x")
         assert len(found) == keys
         assert len(set(theirs) - set(found)) == renamed
         assert layout == "GenerativeModels (old MONAI)"
@@ -209,6 +212,21 @@ def test_bad_files_are_told_and_harm_nothing(files, folder, how, message):
     assert weights.load("ours", folder) == good
     good.network("unet")
     assert sorted(p.name for p in folder.iterdir()) == [".ours.lock", "ours"]
+    assert len(list((folder / "ours").iterdir())) == 3
+
+
+def test_a_full_disk_is_told(files, folder, monkeypatch):
+    good = weights.add("ours", files, folder, preset=LDM)
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(WeightsError, match=r"cannot write .* MB to .*No space left.*make room"):
+        weights.add("ours", files, folder, preset=LDM)
+    assert weights.load("ours", folder) == good
+    assert len(list((folder / "ours").iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["Ours", "../x", "", "a b", "x" * 90])
@@ -224,7 +242,7 @@ def test_missing_networks_are_named(files, folder):
 
 def test_damaged_installations_are_told(files, folder):
     found = weights.add("ours", files, folder, preset=LDM)
-    path = folder / "ours" / "unet.safetensors"
+    path = folder / "ours" / found.files["unet"]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(WeightsError, match="install 'ours' again"):
         found.network("unet")
@@ -258,7 +276,7 @@ def test_an_installation_killed_half_way_leaves_the_old_one(files, folder):
     process.wait()
     assert weights.load("ours", folder) == good
     assert weights.add("ours", files, folder, preset=LDM).digest == good.digest
-    assert sorted(p.name for p in folder.iterdir()) == [".ours.lock", "ours"]
+    assert len(list((folder / "ours").iterdir())) == 3
 
 
 class TestPull:
@@ -274,9 +292,9 @@ class TestPull:
             for name, path in files.items()
         }
         published = dataclasses.replace(
-            weights.PUBLISHED["ukb-ldm"], name="tiny", repo="some/tiny-ldm", files=remote
+            hub_files.PUBLISHED["ukb-ldm"], name="tiny", repo="some/tiny-ldm", files=remote
         )
-        monkeypatch.setitem(weights.PUBLISHED, "tiny", published)
+        monkeypatch.setitem(hub_files.PUBLISHED, "tiny", published)
         monkeypatch.setattr(weights, "load_preset", narrow)
         return published, data
 
@@ -384,13 +402,13 @@ class TestPull:
     )
     def test_a_file_without_a_known_name_is_looked_for(self, hub, names, message):
         hub.repos["some/medforj"] = dict.fromkeys([*names, "README.md"], b"x")
-        entry = dataclasses.replace(weights.PUBLISHED["medforj-velocity"], repo="some/medforj")
+        entry = dataclasses.replace(hub_files.PUBLISHED["medforj-velocity"], repo="some/medforj")
         if message is None:
-            path = weights._fetched(entry, entry.files["unet"], force=False)
+            path = hub_files.fetch(entry, entry.files["unet"], force=False)
             assert path.name == "velocity.pt"
         else:
             with pytest.raises(WeightsError, match=message):
-                weights._fetched(entry, entry.files["unet"], force=False)
+                hub_files.fetch(entry, entry.files["unet"], force=False)
 
     def test_unknown_names(self, folder):
         with pytest.raises(WeightsError, match=r"unknown weights 'nobody'; published are ukb-ldm"):
@@ -398,7 +416,7 @@ class TestPull:
 
 
 def test_every_published_entry_is_complete():
-    for name, entry in weights.PUBLISHED.items():
+    for name, entry in hub_files.PUBLISHED.items():
         assert isinstance(entry, Published)
         assert entry.name == name
         assert set(entry.files) == set(load_preset(entry.preset).networks)
@@ -410,4 +428,5 @@ def test_every_published_entry_is_complete():
 def test_records_are_plain_json(files, folder):
     weights.add("ours", files, folder, preset=LDM)
     assert json.loads((folder / "ours" / "weights.json").read_text())["target"] == "epsilon"
-    assert len(load_file(folder / "ours" / "unet.safetensors")) > 100
+    (file,) = (folder / "ours").glob("unet-*.safetensors")
+    assert len(load_file(file)) > 100
