@@ -205,6 +205,11 @@ class Timing:
     seconds: float = 0.0
     calls: int = 0
 
+    @property
+    def mean(self) -> float:
+        """Seconds of one call; 0 before the first."""
+        return self.seconds / max(self.calls, 1)
+
 
 @dataclass
 class Sampler:

@@ -7,68 +7,24 @@ to as the only token of the context.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from functools import cached_property
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from generation.covariates import NAMES, conditioning
-from generation.engine import (
-    Progress,
-    Sampler,
-    Timing,
-    as_seeds,
-    free_bytes,
-    peak_bytes,
-    prepare,
-    synchronise,
-)
+from generation.engine import Progress, as_seeds, free_bytes, synchronise
 from generation.fast_decoder import FastDecoder
 from generation.options import Options
+from generation.system import Checkpoint, DiffusionSystem
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from generation.presets import Preset
 
-VERSION = 1
-"""Raise it whenever the same weights and row would give other voxels beyond rounding."""
-
-
-class Checkpoint(Protocol):
-    """Weights of one system; see :class:`generation.weights.Weights`."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
-
-    @property
-    def preset(self) -> Preset:
-        """Its system."""
-        ...
-
-    @property
-    def target(self) -> str:
-        """What its U-Net predicts."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Hex SHA-256 of its weights."""
-        ...
-
-    def network(self, name: str) -> nn.Module:
-        """One of its networks, in evaluation mode."""
-        ...
-
-
-class LatentDiffusion:
+class LatentDiffusion(DiffusionSystem):
     """Volumes from rows, through latents.
 
     Parameters
@@ -89,6 +45,8 @@ class LatentDiffusion:
     clamped to [0, 1] and never rescaled, so that intensities stay comparable between volumes.
     """
 
+    kind = "latent"
+    constants = len(NAMES)
     honours = frozenset(NAMES)
 
     def __init__(
@@ -99,50 +57,15 @@ class LatentDiffusion:
         decode: Literal["auto", "whole", "slabs"] = "auto",
         progress: Progress | None = None,
     ) -> None:
-        if weights.preset.system != "latent" or weights.preset.latent_shape is None:
-            raise ValueError(f"{weights.name} is not a latent diffusion system")
-        self.weights, self.options = weights, options or Options()
-        self.decode_mode, self.progress = decode, progress
-        self.name = weights.name
-        self.shape, self.affine = weights.preset.shape, weights.preset.affine
-        self.latent_shape = weights.preset.latent_shape
+        super().__init__(weights, options, progress=progress)
+        if decode not in ("auto", "whole", "slabs"):
+            raise ValueError(f"decode must be 'auto', 'whole' or 'slabs', found {decode!r}")
+        self.decode_mode = decode
+        self.latent_shape = weights.preset.latent_shape or (0, 0, 0, 0)
         self.batch_size = self.options.rows
-        self._decoding = Timing()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self.weights, "options": self.options, "decode": self.decode_mode}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        LatentDiffusion.__init__(self, **state)
-
-    @cached_property
-    def digest(self) -> str:
-        """Hex SHA-256 over the weights and everything that changes what they give."""
-        return digest_of(self.weights, self.options)
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """How its volumes come about, as text."""
-        return provenance_of(self.weights, self.options)
-
-    @property
-    def seconds_per_volume(self) -> float:
-        """As measured, or guessed before the first volume."""
-        step, decode = self._step, self._decoding
-        if not (step.calls and decode.calls):
-            return guess_seconds(self.weights.preset, self.options)
-        evaluations = len(self.options.solution(self.weights.preset))
-        return step.seconds / step.calls * evaluations + decode.seconds / decode.calls
-
-    @property
-    def report(self) -> dict[str, float]:
-        """Milliseconds a volume takes per step and to decode, and the peak of memory in GB."""
-        step, decode = self._step, self._decoding
-        return {
-            "ms_per_step": 1e3 * step.seconds / max(step.calls, 1),
-            "ms_per_decode": 1e3 * decode.seconds / max(decode.calls, 1),
-            "peak_gb": peak_bytes(self.options.place) / 1e9,
-        }
+        return {**super().__getstate__(), "decode": self.decode_mode}
 
     def sample(self, rows: pd.DataFrame) -> Tensor:
         """Make one volume per row.
@@ -247,18 +170,6 @@ class LatentDiffusion:
             return self.decode_mode == "whole"
         return free_bytes(self.options.place) > 1.2 * decoder.whole_bytes(self.latent_shape)
 
-    @property
-    def _step(self) -> Timing:
-        sampler = self.__dict__.get("_sampler")
-        return Timing() if sampler is None else sampler.step
-
-    @cached_property
-    def _sampler(self) -> Sampler:
-        preset, options = self.weights.preset, self.options
-        unet = self.weights.network("unet")
-        denoiser = prepare(unet, preset, self.weights.target, options, constants=len(NAMES))
-        return Sampler(denoiser, self.latent_shape, options, preset.clip)
-
     @cached_property
     def _autoencoder(self) -> nn.Module:
         return self.weights.network("autoencoder")
@@ -269,31 +180,3 @@ class LatentDiffusion:
         if not options.rewrite:
             return self._autoencoder.to(options.place, options.type)
         return FastDecoder(self._autoencoder, dtype=options.type).to(options.place)
-
-
-def digest_of(weights: Checkpoint, options: Options) -> str:
-    """Hex SHA-256 over a checkpoint and what changes its samples."""
-    parts = {"weights": weights.digest, "version": str(VERSION), **options.words()}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def provenance_of(weights: Checkpoint, options: Options) -> dict[str, str]:
-    """How a checkpoint's samples come about, as text."""
-    return {
-        "weights": weights.name,
-        "weights_digest": weights.digest,
-        "target": weights.target,
-        **options.words(),
-        "device": str(options.place),
-        "torch": torch.__version__,
-        "monai": version("monai"),
-    }
-
-
-def guess_seconds(preset: Preset, options: Options) -> float:
-    """Rough cost of one volume, from the floating-point operations of the published systems."""
-    per_step, once = (1.3e12, 11e12) if preset.system == "latent" else (3.4e12, 0.0)
-    rate = 3e14 if options.place.type == "cuda" else 1.2e12
-    if options.type == torch.float32:
-        rate /= 4
-    return (per_step * len(options.solution(preset)) + once) / rate

@@ -5,21 +5,20 @@ The MedForj system of Remedios et al. 2025: 192 × 224 × 192 voxels of 1 mm, va
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from generation.engine import Progress, Sampler, Timing, as_seeds, peak_bytes, prepare
-from generation.latent import Checkpoint, digest_of, guess_seconds, provenance_of
+from generation.engine import Progress, as_seeds
 from generation.options import Options
+from generation.system import Checkpoint, DiffusionSystem
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class PixelDiffusion:
+class PixelDiffusion(DiffusionSystem):
     """Volumes from seeds; covariates are not looked at.
 
     Parameters
@@ -32,6 +31,7 @@ class PixelDiffusion:
         Told about every step.
     """
 
+    kind = "pixel"
     honours: frozenset[str] = frozenset()
 
     def __init__(
@@ -41,46 +41,8 @@ class PixelDiffusion:
         *,
         progress: Progress | None = None,
     ) -> None:
-        if weights.preset.system != "pixel":
-            raise ValueError(f"{weights.name} is not a pixel-space system")
-        self.weights, self.options = weights, options or Options()
-        self.progress = progress
-        self.name = weights.name
-        self.shape, self.affine = weights.preset.shape, weights.preset.affine
-        self.batch_size = 1 if self.options.batch_size is None else self.options.batch_size
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self.weights, "options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        PixelDiffusion.__init__(self, **state)
-
-    @cached_property
-    def digest(self) -> str:
-        """Hex SHA-256 over the weights and everything that changes what they give."""
-        return digest_of(self.weights, self.options)
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """How its volumes come about, as text."""
-        return provenance_of(self.weights, self.options)
-
-    @property
-    def seconds_per_volume(self) -> float:
-        """As measured, or guessed before the first volume."""
-        step = self._step
-        if not step.calls:
-            return guess_seconds(self.weights.preset, self.options)
-        return step.seconds / step.calls * len(self.options.solution(self.weights.preset))
-
-    @property
-    def report(self) -> dict[str, float]:
-        """Milliseconds a volume takes per step, and the peak of memory in GB."""
-        step = self._step
-        return {
-            "ms_per_step": 1e3 * step.seconds / max(step.calls, 1),
-            "peak_gb": peak_bytes(self.options.place) / 1e9,
-        }
+        super().__init__(weights, options, progress=progress)
+        self.batch_size = self.options.batch_size or 1
 
     @torch.inference_mode()
     def sample(self, rows: pd.DataFrame) -> Tensor:
@@ -102,15 +64,3 @@ class PixelDiffusion:
         nothing = torch.empty((len(rows), 0))
         volumes = self._sampler.draw(as_seeds(rows["seed"]), nothing, self.progress).float()
         return volumes.sub_(low).div_(high - low).clamp_(0, 1)
-
-    @property
-    def _step(self) -> Timing:
-        sampler = self.__dict__.get("_sampler")
-        return Timing() if sampler is None else sampler.step
-
-    @cached_property
-    def _sampler(self) -> Sampler:
-        preset, options = self.weights.preset, self.options
-        unet = self.weights.network("unet")
-        denoiser = prepare(unet, preset, self.weights.target, options, constants=0)
-        return Sampler(denoiser, (1, *self.shape), options, preset.clip)

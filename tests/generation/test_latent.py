@@ -280,9 +280,9 @@ class TestPixel:
 
 
 def test_systems_are_not_mixed_up():
-    with pytest.raises(ValueError, match="not a latent diffusion system"):
+    with pytest.raises(ValueError, match="is a pixel system, expected a latent one"):
         LatentDiffusion(RandomWeights(narrow("medforj")))
-    with pytest.raises(ValueError, match="not a pixel-space system"):
+    with pytest.raises(ValueError, match="is a latent system, expected a pixel one"):
         PixelDiffusion(RandomWeights(narrow("ukb-ldm")))
 
 
