@@ -46,7 +46,7 @@ def assert_refused(act, kind, *says):
         act()
     message = str(refused.value)
     assert "\n" not in message
-    assert isinstance(refused.value, (SynthBrainError, CovariateError))
+    assert isinstance(refused.value, (SynthBrainError, CovariateError, errors.WeightsError))
     for part in says:
         assert part in message, message
 
@@ -134,7 +134,7 @@ DATASETS = {
     "units": ({"units": "metric"}, UsageError, "'metric'", "'normalised', 'natural'"),
     "representation": ({"representation": "mesh"}, UsageError, "'mesh'", "'image', 'latent'"),
     "seed": ({"seed": -1}, UsageError, "seed", "found -1"),
-    "unknown generator": ({"generator": "ukb"}, GeneratorError, "'ukb'", "expected auto"),
+    "unknown generator": ({"generator": "ukb"}, GeneratorError, "'ukb'", "expected one of auto"),
     "generator of another shape": (
         {"generator": TinyGenerator((8, 8, 8))}, GeneratorError, "(8, 8, 8)", "(16, 24, 16)",
         "use another generator",
@@ -341,5 +341,5 @@ def test_every_error_is_also_the_builtin_one_would_expect(name):
     kind = getattr(errors, name)
     if kind is not SynthBrainError:
         assert issubclass(kind, (ValueError, OSError, LookupError))
-        assert issubclass(kind, (SynthBrainError, CovariateError))
+        assert issubclass(kind, (SynthBrainError, CovariateError, errors.WeightsError))
     assert re.match(r"[A-Z].*\.", kind.__doc__ or "")
