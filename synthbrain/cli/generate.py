@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from synthbrain.cli.console import examples, interrupted, say
-from synthbrain.cli.options import Extrapolate, GeneratorName, StoreFolder, ranges
+from synthbrain.cli.options import StoreFolder, ranges
 from synthbrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ Brain = Annotated[
     str | None,
     typer.Option("--brain", "--brain_vol", metavar="VALUE",
                  help="Brain volume: 1400mL, mm3, or normalised.", rich_help_panel=_ROWS),
+]  # fmt: skip
+Extrapolate = Annotated[
+    bool,
+    typer.Option("--extrapolate", metavar=" ", help="Allow values beyond the trained ones.",
+                 rich_help_panel=_ROWS),
+]  # fmt: skip
+GeneratorName = Annotated[
+    str,
+    typer.Option("--generator", metavar="NAME", help="Who makes them: auto, or a name "
+                 "`synthbrain info` lists.", rich_help_panel=_SAMPLING),
 ]  # fmt: skip
 Solver = Annotated[
     str | None,

@@ -50,7 +50,8 @@ def installation(store: Path) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     import synthbrain
-    from synthbrain.generators import GENERATORS
+    from generation.weights import installed
+    from synthbrain.generators import GENERATORS, weights_folder
     from synthbrain.home import home
     from synthbrain.manifest import saved_cohorts, shipped_manifests
 
@@ -67,7 +68,7 @@ def installation(store: Path) -> dict[str, Any]:
         "store_bytes": _size(store),
         "shipped manifests": shipped_manifests(),
         "saved cohorts": saved_cohorts(),
-        "generators": list(GENERATORS),
+        "generators": [*GENERATORS, *installed(weights_folder())],
         "device": _device(),
     }
 

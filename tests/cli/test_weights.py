@@ -37,6 +37,7 @@ def test_add_list_path_generate_remove(run, checkpoints, tmp_path):
     ours = next(entry for entry in listed if entry["name"] == "ours")
     assert ours["installed"].endswith("MB")
     assert len(ours["digest"]) == 64
+    assert "ours" in json.loads(run("info", "--json").stdout)["generators"]
     assert run("weights", "path", "ours").stdout.strip().endswith("/weights/ours")
     done = run("generate", "--generator", "ours", "--steps", 2, "--solver", "ddim", "--out", "x")
     assert done.exit_code == 0, done.stderr

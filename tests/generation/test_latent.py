@@ -301,3 +301,34 @@ def test_options_take_each_solvers_favourite_spacing():
     assert Options("dpm++", 10).words()["spacing"] == "logsnr"
     assert Options.published(preset).words()["spacing"] == "leading"
     assert Options.published(preset).solution(preset).timesteps[0] == 980
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGpu:
+    """What a machine with a GPU adds to the checks above."""
+
+    @pytest.mark.parametrize("how", [{}, {"graphs": False}, {"compile": True}])
+    def test_volumes_equal_the_cpus(self, how):
+        table = rows(5)
+        cpu = LatentDiffusion(
+            RandomWeights(narrow("ukb-ldm")), Options(steps=4, dtype="float32", device="cpu")
+        )
+        gpu = LatentDiffusion(
+            RandomWeights(narrow("ukb-ldm")),
+            Options(steps=4, dtype="float32", device="cuda", batch_size=2, **how),
+        )
+        found, expected = gpu.sample_latents(table).cpu(), cpu.sample_latents(table)
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+        assert (gpu.decode(expected).cpu() - cpu.decode(expected)).abs().max() < 1e-2
+
+    def test_slabs_equal_whole(self):
+        latents = torch.randn((1, 3, 4, 8, 4), generator=torch.Generator().manual_seed(0))
+        whole, slabs = (
+            LatentDiffusion(
+                RandomWeights(narrow("ukb-ldm")),
+                Options(dtype="float32", device="cuda"),
+                decode=mode,
+            ).decode(latents)
+            for mode in ("whole", "slabs")
+        )
+        assert (whole - slabs).abs().max() < 1e-3
