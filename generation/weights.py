@@ -139,7 +139,7 @@ def pull(name: str, folder: Path, *, force: bool = False) -> Weights:
     Returns
     -------
     Weights
-        Installed; those already there are kept unless ``force``.
+        Installed; those already there are kept unless ``force`` or a file of theirs is gone.
 
     Raises
     ------
@@ -155,7 +155,9 @@ def pull(name: str, folder: Path, *, force: bool = False) -> Weights:
     if entry is None:
         raise WeightsError(f"unknown weights {name!r}; published are {', '.join(PUBLISHED)}")
     if not force and (folder / name / RECORD).is_file():
-        return load(name, folder)
+        here = load(name, folder)
+        if all((here.folder / file).is_file() for file in here.files.values()):
+            return here
     paths, source = {}, {"repo": entry.repo}
     for network, remote in entry.files.items():
         path = fetch(entry, remote, force=force)
@@ -210,8 +212,9 @@ def add(
     if set(files) != set(system.networks):
         raise WeightsError(f"expected files of {_list(system.networks)}, found {_list(files)}")
     home = folder / name
-    home.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{name}.lock"):
+        home.mkdir(exist_ok=True)
         try:
             told = {n: _convert(Path(path), n, system, home) for n, path in files.items()}
             kept = {network: file for network, (file, _) in told.items()}
