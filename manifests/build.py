@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from synthbrain.cohort import recipes, rounded
-from synthbrain.header import Header, Licence, TorrentSource
+from synthbrain.header import Archive, Header, Licence, TorrentSource
 from synthbrain.joint import UK_BIOBANK
 from synthbrain.manifest import Manifest
 from synthbrain.rows import write_rows
@@ -24,6 +24,13 @@ PAPER = (
     "Pinaya et al., Brain Imaging Generation with Latent Diffusion Models, MICCAI Workshop on Deep "
     "Generative Models 2022, arXiv 2209.07162"
 )
+UNCROPPED = (
+    (-1.0, 0.0, 0.0, 96.48149872),
+    (0.0, 1.0, 0.0, -141.47715759),
+    (0.0, 0.0, 1.0, -156.55375671),
+    (0.0, 0.0, 0.0, 1.0),
+)
+"""The affine of the authors' demonstration, which belongs to the grid before cropping."""
 N = 100_000
 SEED = 220907162
 
@@ -63,23 +70,27 @@ def ldm_100k() -> Header:
             note="not stated anywhere we could read; the archive's own text decides",
         ),
         citations=(PAPER,),
+        archive=Archive(
+            name="LDM_100k.tar",
+            size=591_190_000_000,
+            member="LDM_100k/rawdata/{id}/anat/{id}_T1w.nii.gz",
+            participants="LDM_100k/participants.tsv",
+            column_aliases={
+                "id": ("participant_id",),
+                "age": ("age",),
+                "sex": ("sex", "gender"),
+                "ventricular_volume": (
+                    "ventricular_volume", "ventricle_vol", "ventricular_vol",
+                ),
+                "brain_volume": ("brain_volume", "brain_vol"),
+            },
+            affines=(UNCROPPED,),
+        ),
         sources={
             "torrent": TorrentSource(
                 kind="torrent",
                 info_hash="63aeb864bbe2115ded0aa0d7d36334c026f0660b",
-                archive="LDM-data/LDM_100k.tar",
-                member="LDM_100k/rawdata/{id}/anat/{id}_T1w.nii.gz",
-                participants="LDM_100k/participants.tsv",
-                column_aliases={
-                    "id": ("participant_id",),
-                    "age": ("age",),
-                    "sex": ("sex", "gender"),
-                    "ventricular_volume": (
-                        "ventricular_volume", "ventricle_vol", "ventricular_vol",
-                    ),
-                    "brain_volume": ("brain_volume", "brain_vol"),
-                },
-                size=591_190_000_000,
+                file="LDM-data/LDM_100k.tar",
             )
         },
         provenance={"size": "591.19 GB as listed with the torrent; the exact count is unknown"},

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from synthbrain.errors import ManifestError
 
@@ -20,6 +20,37 @@ NAME_LENGTH = 80
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_LENGTH)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Affine = tuple[
+    tuple[float, float, float, float],
+    tuple[float, float, float, float],
+    tuple[float, float, float, float],
+    tuple[float, float, float, float],
+]
+
+SCHEMES = ("https", "http", "s3", "gs", "hf", "file")
+"""Addresses a manifest may name."""
+
+
+def _member(path: str, *fields: str) -> str:
+    """A path inside an archive, which must not lead out of it."""
+    parts = path.split("/")
+    if "\\" in path or "" in parts or ".." in parts or "." in parts:
+        raise ValueError("must be a relative path without '.', '..' or empty parts")
+    if any(field not in path for field in fields):
+        raise ValueError(f"must contain {' and '.join(fields)}")
+    return path
+
+
+def _address(url: str) -> str:
+    scheme, found, rest = url.partition("://")
+    if not found or scheme not in SCHEMES or not rest:
+        raise ValueError(f"must be an address of one of {', '.join(SCHEMES)}")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_address)]
 
 
 class _Strict(BaseModel):
@@ -36,12 +67,7 @@ class Geometry(_Strict):
     chunks: tuple[int, int, int] = (80, 112, 80)
     dtype: Literal["uint8", "float16"] = "uint8"
     scale: Annotated[float, Field(gt=0)] = 1 / 255
-    affine: tuple[
-        tuple[float, float, float, float],
-        tuple[float, float, float, float],
-        tuple[float, float, float, float],
-        tuple[float, float, float, float],
-    ] = (
+    affine: Affine = (
         (-1.0, 0.0, 0.0, 80.48149871826172),
         (0.0, 1.0, 0.0, -125.47715759277344),
         (0.0, 0.0, 1.0, -60.55375671386719),
@@ -97,18 +123,56 @@ class Licence(_Strict):
     note: str = ""
 
 
+class Archive(_Strict):
+    """An uncompressed tar of NIfTI files that holds the published volumes; where, sources say."""
+
+    name: str
+    """File name."""
+    size: Annotated[int, Field(gt=0)]
+    """Bytes, at least roughly: for plans made before any source was asked."""
+    member: Annotated[str, AfterValidator(lambda path: _member(path, "{id}"))]
+    """Template of a volume's path inside, with ``{id}``."""
+    participants: Annotated[str, AfterValidator(lambda path: _member(path))]
+    """Path of the table of covariates inside."""
+    column_aliases: dict[str, tuple[str, ...]]
+    """Accepted headers of that table for each column of ours."""
+    values: tuple[float, float] = (0.0, 1.0)
+    """Intensities that become 0 and 1."""
+    affines: tuple[Affine, ...] = ()
+    """What files may say instead of the manifest's affine, for the same voxels."""
+
+
 class TorrentSource(_Strict):
-    """A tar archive inside a torrent."""
+    """The archive inside a torrent."""
 
     kind: Literal["torrent"]
-    info_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-    archive: str
-    member: str
-    """Template of a volume's path inside the archive, with ``{id}``."""
-    participants: str
-    column_aliases: dict[str, tuple[str, ...]]
-    """Accepted headers in the participants table for each column of ours."""
-    size: int
+    info_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$")]
+    file: Annotated[str, AfterValidator(lambda path: _member(path))]
+    """Path of the archive inside the torrent."""
+    trackers: tuple[str, ...] = ()
+    web_seeds: tuple[Url, ...] = ()
+
+
+class ArchiveSource(_Strict):
+    """A copy of the archive at an address that answers ranges."""
+
+    kind: Literal["archive"]
+    url: Url
+
+
+class PacksSource(_Strict):
+    """Packs below an address: stored zips of one block each, ``packs/block-0042.zarr.zip``.
+
+    ``hf://datasets/ORG/NAME@REVISION`` is a dataset repository of the Hugging Face Hub.
+    """
+
+    kind: Literal["packs"]
+    url: Url
+    made_by: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "published"
+    """What made the volumes: ``"published"``, or the identity of a generator."""
+
+
+AnySource = Annotated[TorrentSource | ArchiveSource | PacksSource, Field(discriminator="kind")]
 
 
 class ParentRef(_Strict):
@@ -142,7 +206,9 @@ class Header(_Strict):
     content_digest: Digest | None = None
     licence: Licence
     citations: tuple[str, ...] = ()
-    sources: dict[str, TorrentSource] = {}
+    archive: Archive | None = None
+    sources: dict[str, AnySource] = {}
+    """Where volumes can be had, the preferred first among equals."""
     parent: ParentRef | None = None
     provenance: dict[str, str] = {}
     """Free text: how the rows came to be."""

@@ -91,6 +91,7 @@ def about(name: str, store: Path) -> dict[str, Any]:
                     "note": header.licence.note},
         "citations": list(header.citations),
         "geometry": header.geometry.model_dump(),
+        "archive": None if header.archive is None else header.archive.model_dump(),
         "sources": {key: source.model_dump() for key, source in header.sources.items()},
     }  # fmt: skip
     if header.rows_digest is not None:
@@ -149,6 +150,8 @@ def _device() -> str:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Facts as (label, text) for people."""
+    from synthbrain.plan import size_text
+
     lines: list[tuple[str, str]] = []
     for key, value in facts.items():
         if key == "store_bytes":
@@ -167,8 +170,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append((key, ": ".join(filter(None, (value["name"] or value["status"],
                                                        value["note"])))))  # fmt: skip
         elif key == "sources":
-            lines += [(f"source {k}", f"{s['archive']}, {s['size'] / 1e9:.0f} GB")
+            lines += [(f"source {k}", s.get("url") or f"{s['kind']} {s['info_hash']}")
                       for k, s in value.items()]  # fmt: skip
+        elif key == "archive" and value is not None:
+            lines.append((key, f"{value['name']}, {size_text(value['size'])}"))
         elif isinstance(value, dict):
             lines.append((key, ", ".join(f"{k} {v}" for k, v in value.items())))
         elif isinstance(value, list):
