@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthbrain.errors import SourceError
-from synthbrain.quantise import quantise
+from synthbrain.nifti import read_nifti
 from synthbrain.rows import bids_label
 from synthbrain.sources.base import Cost
 
@@ -28,8 +28,6 @@ LAYOUTS = (
     "{id}.nii",
 )
 """Where a volume is looked for, in this order; ``label`` is the id as a BIDS label."""
-
-_AFFINE_TOLERANCE = 1e-3
 
 log = logging.getLogger("synthbrain")
 
@@ -88,31 +86,3 @@ class FolderSource:
                 log.warning("%s; left out", error)
             else:
                 yield id, volume
-
-
-def read_nifti(path: Path, geometry: Geometry) -> np.ndarray[Any, np.dtype[Any]]:
-    """A NIfTI file as stored values.
-
-    Raises
-    ------
-    SourceError
-        Unreadable, or of another shape or affine, or with values outside [0, 1].
-    """
-    import nibabel
-
-    try:
-        image = nibabel.Nifti1Image.from_filename(path)
-        values = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:
-        raise SourceError(f"cannot read {path}: {error}") from error
-    if values.shape != geometry.shape:
-        raise SourceError(f"{path} has shape {values.shape}, expected {geometry.shape}")
-    if not np.allclose(image.affine, geometry.affine, atol=_AFFINE_TOLERANCE):
-        raise SourceError(
-            f"{path} has affine {image.affine.tolist()}, expected {geometry.affine}; "
-            "resample it to the manifest's grid"
-        )
-    try:
-        return quantise(values, geometry)
-    except ValueError as error:
-        raise SourceError(f"{path}: {error}") from None

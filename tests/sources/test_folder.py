@@ -7,9 +7,10 @@ import pytest
 from synthbrain import FolderSource, SynthBrainDataset
 from synthbrain.errors import MissingVolumeError, SourceError
 from synthbrain.manifest import Manifest
+from synthbrain.nifti import read_nifti
 from synthbrain.quantise import intensities
 from synthbrain.rows import make_table
-from synthbrain.sources.folder import LAYOUTS, read_nifti
+from synthbrain.sources.folder import LAYOUTS
 from synthbrain.testing import TINY, check_source, tiny_manifest
 
 
