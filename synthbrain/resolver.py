@@ -6,6 +6,7 @@ same path, into a store of their own; a volume whose latent is stored is decoded
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from generation.covariates import NAMES
 from generation.generator import LatentGenerator
@@ -40,13 +42,12 @@ from synthbrain.quantise import Array, halves, quantise
 from synthbrain.store import Store, stored_shape
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
     from numpy.typing import NDArray
 
     from generation.generator import Generator
     from synthbrain.manifest import Manifest
-    from synthbrain.sources.base import Source
+    from synthbrain.sources.base import Payload, Source
 
 log = logging.getLogger("synthbrain")
 
@@ -62,6 +63,9 @@ _BYTES_PER_VOXEL = 0.48
 """Measured on phantoms, uint8 and zstd -1; only for estimates."""
 
 _POLL_SECONDS = 0.2
+
+_PATIENCE = 3
+"""A source that fails so often in a row is not asked again."""
 
 
 class ReadOnlyStoreWarning(UserWarning):
@@ -101,6 +105,7 @@ class Resolver:
     heal: bool = True
     representation: Representation = "image"
     _unwritable: bool = field(init=False, default=False, repr=False)
+    _failures: dict[str, int] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.manifest.require_rows()
@@ -230,10 +235,7 @@ class Resolver:
             The disk is full.
         """
         self._refuse_unavailable(plan)
-        unfetched: list[int] = []
-        for source in self.sources:
-            if source.name in plan.fetch:
-                unfetched += yield from self._fetch(source, plan.fetch[source.name])
+        unfetched = yield from self._fetch_all(plan)
         lost = [i for i in unfetched if self.generator is None or self._is_published[i]]
         yield from self._sample([*plan.sample.tolist(), *np.setdiff1d(unfetched, lost).tolist()])
         if lost:
@@ -252,6 +254,13 @@ class Resolver:
         StoreError
             The store cannot be written to.
         """
+        yield from self._filled(self.execute(plan), plan)
+
+    def take(self, source: Source, plan: Plan, rows: NDArray[np.int64]) -> Iterator[int]:
+        """Like :meth:`fill`, with as many of some rows as a source gives."""
+        yield from self._filled(self._fetch(source, rows), plan)
+
+    def _filled(self, arriving: Iterator[tuple[int, Array]], plan: Plan) -> Iterator[int]:
         if plan.missing and plan.bytes_to_store > plan.bytes_free:
             raise StoreFullError(
                 f"{plan.missing:,} {self._noun}s need about {size_text(plan.bytes_to_store)}, but "
@@ -261,7 +270,7 @@ class Resolver:
         self._unwritable = False  # it may be writable by now
         for store in (self.recipes, self.published):
             store.sweep()
-        for index, _ in self.execute(plan):
+        for index, _ in arriving:
             if self._unwritable:
                 raise StoreError(f"{self.folder} cannot be written to; choose another with store=")
             yield index
@@ -340,19 +349,81 @@ class Resolver:
             told = (self._noun, id, error, bad.name)
             log.warning("%s %s is damaged (%s); kept as %s, made again", *told)
 
+    def _fetch_all(self, plan: Plan) -> Steps[tuple[int, Array], None, list[int]]:
+        """Store and yield what sources give; what one fails to give the next is asked for.
+
+        Returns
+        -------
+        list
+            Rows none of them gave.
+        """
+        unfetched: list[int] = []
+        planned = [source for name in plan.fetch for source in self.sources if source.name == name]
+        for source in [*planned, *(s for s in self.sources if s not in planned)]:
+            also = np.asarray(unfetched, dtype=np.int64)
+            also = also[self._can_give(source, also)]
+            rows = np.concatenate([plan.fetch.get(source.name, also[:0]), also])
+            unfetched = [index for index in unfetched if index not in set(also.tolist())]
+            if len(rows):
+                unfetched += yield from self._fetch(source, rows)
+        return unfetched
+
     def _fetch(
         self, source: Source, rows: NDArray[np.int64]
     ) -> Steps[tuple[int, Array], None, list[int]]:
         """Store and yield what a source gives; returns the rows it failed to give."""
         left = dict(zip(self._ids(rows), rows.tolist(), strict=True))
         try:
-            for id, volume in source.fetch(list(left), self.manifest.header.geometry):
-                index = left.pop(id)
-                self._keep(index, volume)
-                yield index, volume
+            for id, payload in source.fetch(list(left), self.manifest.header.geometry):
+                index = left.get(id)
+                if index is None:
+                    self._keep_extra(id, payload, source)
+                elif (volume := self._received(index, payload, source)) is not None:
+                    del left[id]
+                    yield index, volume
         except SourceError as error:
+            self._failures[source.name] = self._failures.get(source.name, 0) + 1
             log.warning("%s failed (%s); %d rows left", source.name, error, len(left))
+        else:
+            self._failures.pop(source.name, None)
         return list(left.values())
+
+    def _received(self, index: int, payload: Payload, source: Source) -> Array | None:
+        """Store what a source gave for a row; its volume, or None where it is another."""
+        if not isinstance(payload, bytes):
+            self._keep(index, payload)
+            return payload
+        try:
+            self._check_hash(index, payload)
+            return self._keep_shard(index, payload)
+        except (SourceError, DamagedShardError) as error:
+            id = self.manifest.table.index[index]
+            log.warning("%s gave a bad volume of %s (%s); left out", source.name, id, error)
+            return None
+
+    def _keep_extra(self, id: str, payload: Payload, source: Source) -> None:
+        """Store a volume that came along, if it is one of the manifest's that is missing."""
+        index = int(self.manifest.table.index.get_indexer(pd.Index([id]))[0])
+        if index < 0 or self.maker_of(index) != source.made_by or self.stored(np.array([index]))[0]:
+            return
+        self._received(index, payload, source)
+
+    def _check_hash(self, index: int, shard: bytes) -> None:
+        if self.manifest.sha256 is None or pd.isna(expected := self.manifest.sha256.iloc[index]):
+            return
+        found = hashlib.sha256(shard).hexdigest()
+        if found != expected:
+            raise SourceError(f"sha256 {found[:12]}…, the manifest says {expected[:12]}…")
+
+    def _keep_shard(self, index: int, shard: bytes) -> Array:
+        store = self.store_of(index)
+        try:
+            return store.write_shard(self.manifest.positions[index], shard)
+        except (StoreFullError, DamagedShardError):
+            raise
+        except StoreError as error:
+            self._not_kept(error)
+            return store.layout.decode(shard)
 
     def _sample(self, rows: list[int]) -> Iterator[tuple[int, Array]]:
         queue, waiting = deque(rows), list[int]()
@@ -451,17 +522,22 @@ class Resolver:
         except StoreFullError:
             raise
         except StoreError as error:
-            self._unwritable = True
-            warnings.warn(
-                f"{self._noun}s are served but not kept: {error}",
-                ReadOnlyStoreWarning,
-                stacklevel=2,
-            )
+            self._not_kept(error)
+
+    def _not_kept(self, error: StoreError) -> None:
+        self._unwritable = True
+        warnings.warn(
+            f"{self._noun}s are served but not kept: {error}", ReadOnlyStoreWarning, stacklevel=3
+        )
 
     def _can_give(self, source: Source, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        if not len(rows) or self.representation == "latent":
+        given_up = self._failures.get(source.name, 0) >= _PATIENCE
+        if not len(rows) or self.representation == "latent" or given_up:
             return np.zeros(len(rows), dtype=bool)
-        same_maker = np.array([self.maker_of(i) == source.made_by for i in rows], dtype=bool)
+        published = source.made_by == PUBLISHED
+        same_maker = self._is_published[rows] == published
+        if not published and source.made_by != self.made_by:
+            same_maker[:] = False
         return same_maker & source.holds(self._ids(rows))
 
     def _by_cost(self, rows: NDArray[np.int64]) -> list[Source]:

@@ -35,6 +35,9 @@ Job = TypeVar("Job")
 Extent = tuple[int, int]
 """Offset and length of an inner chunk in its file."""
 
+Shard = int | bytes
+"""A shard: the descriptor of its open file, or its bytes."""
+
 _ABSENT: Extent = (2**64 - 1, 2**64 - 1)
 _CRC_BYTES = 4
 
@@ -155,14 +158,26 @@ class ShardLayout:
                 f"found {target.shape} {target.dtype}"
             )
         with path.open("rb", buffering=0) as file:
-            descriptor = file.fileno()
-            index = self._footer(descriptor)
+            return self._fill(target, file.fileno(), threads)
 
-            def fill(job: tuple[Region, Extent]) -> None:
-                region, extent = job
-                target[region] = self._chunk(descriptor, extent)
+    def decode(self, shard: bytes) -> Array:
+        """The volume in the bytes of a shard, every one of them checked.
 
-            _run(fill, zip(self.regions, index, strict=True), threads)
+        Raises
+        ------
+        DamagedShardError
+            They are cut short, or a checksum does not match.
+        """
+        return self._fill(np.empty(self.shape, self.dtype), shard, None)
+
+    def _fill(self, target: Array, shard: Shard, threads: Executor | None) -> Array:
+        index = self._footer(shard)
+
+        def fill(job: tuple[Region, Extent]) -> None:
+            region, extent = job
+            target[region] = self._chunk(shard, extent)
+
+        _run(fill, zip(self.regions, index, strict=True), threads)
         return target
 
     def read_patch(
@@ -228,12 +243,12 @@ class ShardLayout:
                 into.append(slice(low - s, high - s))
             yield int(np.ravel_multi_index(index, self.grid)), tuple(inside), tuple(into)
 
-    def _footer(self, descriptor: int) -> list[Extent]:
-        """Where each chunk lies in an open shard."""
-        total = os.fstat(descriptor).st_size
+    def _footer(self, shard: Shard) -> list[Extent]:
+        """Where each chunk lies in a shard."""
+        total = len(shard) if isinstance(shard, bytes) else os.fstat(shard).st_size
         if total <= self.footer_size:
             raise DamagedShardError(f"shard has {total} bytes, too few for {self.grid} chunks")
-        footer = _unseal(_pread(descriptor, self.footer_size, total - self.footer_size))
+        footer = _unseal(_pread(shard, self.footer_size, total - self.footer_size))
         values = struct.unpack(f"<{len(footer) // 8}Q", footer)
         index = list(zip(values[::2], values[1::2], strict=True))
         for extent in index:
@@ -241,12 +256,12 @@ class ShardLayout:
                 raise DamagedShardError("shard index points outside its file")
         return index
 
-    def _chunk(self, descriptor: int, extent: Extent) -> Array:
-        """One inner chunk of an open shard, checked and decoded."""
+    def _chunk(self, shard: Shard, extent: Extent) -> Array:
+        """One inner chunk of a shard, checked and decoded."""
         if extent == _ABSENT:  # other writers leave chunks of the fill value out
             return np.zeros(self.chunks, self.dtype)
         offset, size = extent
-        body = _unseal(_pread(descriptor, size, offset))
+        body = _unseal(_pread(shard, size, offset))
         try:
             return np.frombuffer(zstd.decompress(body), self.dtype).reshape(self.chunks)
         except (RuntimeError, ValueError) as error:
@@ -265,9 +280,12 @@ def _unseal(data: bytes) -> bytes:
     return body
 
 
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
+def _pread(shard: Shard, size: int, offset: int) -> bytes:
     try:
-        data = os.pread(descriptor, size, offset)
+        if isinstance(shard, bytes):
+            data = shard[offset : offset + size]
+        else:
+            data = os.pread(shard, size, offset)
     except OSError as error:  # a bad sector is damage like any other
         raise DamagedShardError(f"cannot be read at {offset}: {error.strerror}") from error
     if len(data) != size:

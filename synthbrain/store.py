@@ -191,7 +191,23 @@ class Store:
         GeometryError
             The volume, or the block on disk, has another geometry.
         """
-        shard = self.layout.encode(volume)
+        return self._publish(position, self.layout.encode(volume))
+
+    def write_shard(self, position: int, shard: bytes) -> Array:
+        """Store a shard that was encoded elsewhere, byte for byte; its volume.
+
+        Raises
+        ------
+        DamagedShardError
+            It does not decode to a volume of this geometry; nothing is stored.
+        StoreFullError, StoreError, GeometryError
+            As :meth:`write`.
+        """
+        volume = self.layout.decode(shard)
+        self._publish(position, shard)
+        return volume
+
+    def _publish(self, position: int, shard: bytes) -> bool:
         path = self.path(position)
         try:
             self._open_block(int(position) // BLOCK)

@@ -1,4 +1,4 @@
-"""What every source is: ids in, checked volumes out."""
+"""What every source is: ids in, volumes out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from synthbrain.header import Geometry
+
+
+Payload = Any
+"""A volume: an array of stored values (``geometry.dtype``), or the bytes of its shard."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,11 @@ class Source(Protocol):
     The contract (checked by ``synthbrain.testing.check_source``):
 
     - :meth:`holds` and :meth:`cost` change nothing and are quick;
-    - :meth:`fetch` yields only volumes that were asked for, each checked against ``geometry``
-      before it is yielded, and leaves out those it cannot give;
+    - :meth:`fetch` yields every volume that was asked for once, leaves out those it cannot give,
+      and may add others of the same set that came along with them;
+    - arrays are checked against ``geometry`` before they are yielded; shards are checked by
+      whoever receives them;
+    - what may pass is retried; :class:`synthbrain.SourceError` means that asking again is no use;
     - closing the iterator stops the work.
     """
 
@@ -47,14 +54,12 @@ class Source(Protocol):
         """What fetching them would take."""
         ...
 
-    def fetch(
-        self, ids: Sequence[str], geometry: Geometry
-    ) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[Any]]]]:
-        """Yield ``(id, volume)`` with stored values (``geometry.dtype``) as they arrive.
+    def fetch(self, ids: Sequence[str], geometry: Geometry) -> Iterator[tuple[str, Payload]]:
+        """Yield ``(id, volume)`` as they arrive.
 
         Raises
         ------
         SourceError
-            A volume is not what the manifest says it is.
+            It cannot go on.
         """
         ...
