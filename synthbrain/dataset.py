@@ -25,6 +25,7 @@ from synthbrain.progress import track
 from synthbrain.quantise import as_float, as_float32, intensities
 from synthbrain.resolver import NOUNS, Representation, Resolver
 from synthbrain.sources.folder import FolderSource
+from synthbrain.sources.opening import quick_sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +56,9 @@ where, ids, limit, extrapolate
         :class:`generation.generator.Generator`, or ``"auto"`` for the best one installed. With
         None nothing is ever sampled and a missing row raises.
     sources
-        Where to fetch from before sampling: sources, or folders of NIfTI files.
+        Where to fetch from before sampling: sources, or folders of NIfTI files. By default those
+        of the manifest's header but torrents, which `synthbrain pull` fetches from; ``[]`` for
+        none.
     store
         Folder of stored volumes; ``store/`` in the package's home by default.
     made_by
@@ -158,7 +161,9 @@ where, ids, limit, extrapolate
             Path(store).expanduser() if store is not None else home() / "store",
             load_generator(generator) if isinstance(generator, str) else generator,
             made_by=made_by,
-            sources=[_as_source(source) for source in sources or ()],
+            sources=quick_sources(self.manifest)
+            if sources is None
+            else [_as_source(source) for source in sources],
             heal=heal,
             representation=representation,
         )

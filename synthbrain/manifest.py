@@ -86,12 +86,15 @@ class Manifest:
         ----------
         name_or_path
             A shipped name, the name of a cohort saved in the package's home, a manifest folder,
-            or the path of its ``manifest.json``.
+            the path of its ``manifest.json``, or the address of a published one:
+            ``hf://datasets/ORG/NAME[@REVISION]``, ``https://…``, ``s3://…``.
 
         Raises
         ------
         ManifestError
             Unknown, damaged, or written by a newer version.
+        SourceError
+            An address that cannot be reached, or where nothing is published.
         """
         folder = _locate(name_or_path)
         header = _read_header(folder)
@@ -150,8 +153,8 @@ class Manifest:
         """
         if self.header.rows_digest is None:
             raise ManifestError(
-                f"the rows of {self.name!r} come out of its archive, which this version cannot "
-                'read yet; use manifest="synthbrain-100k", or draw a cohort with draw_cohort()'
+                f"the rows of {self.name!r} lie in its archive; read them with "
+                f"`synthbrain pull {self.name}`, which fetches no more than asked for"
             )
 
     def select(
@@ -406,8 +409,13 @@ def _shipped() -> Path:
 
 def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_path)
+    if "://" in text:
+        from synthbrain.remote import fetch_manifest
+
+        return fetch_manifest(text)
     if re.fullmatch(NAME_PATTERN, text):
-        for folder in (_shipped() / text, home() / "cohorts" / text):
+        # Rows that were read out of an archive come before the shipped header that lacks them.
+        for folder in (home() / "manifests" / text, _shipped() / text, home() / "cohorts" / text):
             if (folder / "manifest.json").is_file():
                 return folder
     path = Path(text)

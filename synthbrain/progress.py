@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 T = TypeVar("T")
 
@@ -56,6 +56,44 @@ def stages(volumes: int) -> Iterator[Callable[[str, int, int], None]]:
         yield told
 
 
+@contextlib.contextmanager
+def measured(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show how many of ``total`` bytes are done.
+
+    Yields
+    ------
+    callable
+        To be told how many there are now, and a note. What is shown where is as in :func:`track`,
+        with the rate.
+    """
+    if not sys.stderr.isatty():
+        yield _measured_lines(what, total)
+        return
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    with _progress(DownloadColumn(), TransferSpeedColumn()) as progress:
+        task = progress.add_task(what, total=total)
+
+        def told(done: int, note: str) -> None:
+            progress.update(task, description=f"{what}, {note}", completed=done)
+
+        yield told
+
+
+def _measured_lines(what: str, total: int) -> Callable[[int, str], None]:
+    start = last = time.monotonic()
+
+    def told(done: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LOG_SECONDS:
+            last = now
+            text = f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB in {now - start:.0f} s"
+            print(f"{text}, {note}", file=sys.stderr, flush=True)
+
+    return told
+
+
 def _stage_lines(volumes: int) -> Callable[[str, int, int], None]:
     start = last = time.monotonic()
     made = 0
@@ -83,7 +121,7 @@ def _bar(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
             yield step
 
 
-def _progress() -> Progress:
+def _progress(*amount: ProgressColumn) -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -97,7 +135,7 @@ def _progress() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *(amount or (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import synthbrain
-from synthbrain.cli import demo, generate, info, manifests, volumes, weights
+from synthbrain.cli import demo, generate, info, manifests, publish, pull, volumes, weights
 from synthbrain.cli.console import Commands, examples
 
 __all__ = ["app", "main"]
@@ -61,6 +61,8 @@ demo.register(app)
 info.register(app)
 manifests.register(app)
 volumes.register(app)
+pull.register(app)
+publish.register(app)
 generate.register(app)
 weights.register(app)
 
