@@ -89,7 +89,8 @@ def walk(read: Read, run: Extent) -> Iterator[Member]:
 def scan(read: Read, run: Extent) -> Iterator[Member]:
     """The regular files whose headers lie in a run that begins anywhere.
 
-    Parameters and behaviour as :func:`walk`; what is no header is passed over.
+    Parameters as :func:`walk`; what is no header is passed over. Where the run begins between a
+    long name and its header, that member goes by the shortened name the header has.
     """
     offset = _padded(run.offset)
     while (start := _first_header(read, Extent(offset, run.end - offset))) is not None:

@@ -67,7 +67,7 @@ def read_participants(
         "seed": pd.array([pd.NA] * len(ids), dtype="Int64"),
         "origin": np.full(len(ids), "published", dtype=object),
     }
-    return make_table(columns, ids)
+    return make_table(columns, ids, where)
 
 
 def _columns(

@@ -40,14 +40,14 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _SPLITS = ((0.8, "train"), (0.9, "validation"), (1.0, "test"))
 
 
-def make_table(columns: dict[str, Any], ids: Any) -> pd.DataFrame:
+def make_table(columns: dict[str, Any], ids: Any, where: str = "these rows") -> pd.DataFrame:
     """A table of rows with the documented types, checked by :func:`check_table`."""
     table = pd.DataFrame({name: columns[name] for name in COLUMNS})
     table.index = pd.Index(ids, name="id", dtype="str")
     table = table.astype(
         {"split": "str", "origin": "str", "seed": "Int64"} | dict.fromkeys(NAMES, "float64")
     )
-    check_table(table, "these rows")
+    check_table(table, where)
     return table
 
 

@@ -32,7 +32,7 @@ _PAUSE = 0.5
 _LONGEST_PAUSE = 120.0
 _TIMEOUT = (10.0, 30.0)
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
-_STEP = 2**20
+_STEP = 2**16
 _REQUEST = 2**19
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _BYTES_PER_SECOND = {"disk": 5e8, "network": 2e7}
@@ -73,9 +73,10 @@ def hub_file(url: str) -> HttpBytes:
     ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` work as usual.
     """
     import huggingface_hub
+    from huggingface_hub import constants
 
     repo, revision, file = hub_address(url)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise SourceError(f"{url} is on the Hub and HF_HUB_OFFLINE is set; unset it to fetch")
     address = huggingface_hub.hf_hub_url(
         repo, file, repo_type="dataset", revision=revision, endpoint=os.environ.get("HF_ENDPOINT")
@@ -235,9 +236,9 @@ class HttpBytes:
         """The bytes of an extent, and the size of the whole file."""
         import requests
 
-        got, total, problem = bytearray(), 0, "no answer"
-        for attempt in range(_ATTEMPTS):
-            before, pause = len(got), _PAUSE * 2**attempt
+        got, total, tries = bytearray(), 0, 0
+        while True:
+            before, pause = len(got), _PAUSE * 2**tries
             try:
                 with self._ask(Extent(extent.offset + len(got), extent.size - len(got))) as answer:
                     if answer.status_code in _TRANSIENT:
@@ -249,12 +250,13 @@ class HttpBytes:
                             got += part
                         if len(got) >= extent.size:
                             return bytes(got[: extent.size]), total
-                        problem = f"it broke off after {len(got) - before:,} bytes"
+                        problem = "it broke off"
             except requests.RequestException as error:
                 problem = _reason(error)
-            if attempt < _ATTEMPTS - 1:
-                time.sleep(min(pause, _LONGEST_PAUSE))
-        raise SourceError(f"{self.name} gave up after {_ATTEMPTS} tries: {problem}")
+            tries = tries + 1 if len(got) == before else 1
+            if tries == _ATTEMPTS:
+                raise SourceError(f"{self.name} gave up after {_ATTEMPTS} tries: {problem}")
+            time.sleep(min(pause, _LONGEST_PAUSE))
 
     def _ask(self, extent: Extent) -> requests.Response:
         wanted = {"Range": f"bytes={extent.offset}-{extent.end - 1}", "Accept-Encoding": "identity"}
