@@ -79,7 +79,7 @@ class Pull:
         table
             The table of covariates, if the archive's is not to be used.
         selection
-            As :meth:`synthbrain.Manifest.select`. SourceOptions the place of a row in its archive is not
+            As :meth:`synthbrain.Manifest.select`. Where the place of a row in its archive is not
             known, ``limit`` rows are whichever come first there.
 
         Raises
