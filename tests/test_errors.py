@@ -296,7 +296,7 @@ def test_cohorts_nobody_can_draw():
 
 
 def test_rows_that_are_not_shipped(tmp_path):
-    says = ("ldm-100k", "come out of its archive", "synthbrain-100k", "draw_cohort()")
+    says = ("ldm-100k", "lie in its archive", "synthbrain pull ldm-100k")
     assert_refused(lambda: SynthBrainDataset("ldm-100k", store=tmp_path), ManifestError, *says)
     assert_refused(lambda: Manifest.open("ldm-100k").select(), ManifestError, *says)
 

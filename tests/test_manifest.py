@@ -317,7 +317,7 @@ def test_rows_that_have_yet_to_be_read_are_no_rows(manifest, tmp_path):
     later = Manifest.open(tmp_path / "later")
     assert len(later) == 0
     for act in (later.select, later.save, lambda: later.store_key):
-        with pytest.raises(ManifestError, match="come out of its archive"):
+        with pytest.raises(ManifestError, match="lie in its archive"):
             act()
 
 
@@ -370,5 +370,5 @@ def test_the_released_set_is_known_but_its_rows_are_not_shipped():
     assert len(released) == 0
     assert released.header.sources
     for act in (lambda: released.select(limit=1), lambda: draw_cohort(3, like="ldm-100k")):
-        with pytest.raises(ManifestError, match="synthbrain-100k"):
+        with pytest.raises(ManifestError, match="synthbrain pull ldm-100k"):
             act()

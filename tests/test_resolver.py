@@ -684,5 +684,5 @@ def test_full_size_volumes_go_through(tmp_path, of_geometry):
 def test_rows_that_have_yet_to_be_read_are_refused(manifest, tmp_path):
     header = manifest.header.model_copy(update={"rows_digest": None, "rows": 0})
     empty = Manifest(header, manifest.table.iloc[:0], manifest.positions[:0])
-    with pytest.raises(ManifestError, match="come out of its archive"):
+    with pytest.raises(ManifestError, match="lie in its archive"):
         Resolver(empty, tmp_path, TinyGenerator())

@@ -12,7 +12,10 @@ from synthbrain import generators
 from synthbrain.cli import app
 from synthbrain.testing import TinyGenerator
 
-COMMANDS = ("demo", "info", "select", "draw", "fill", "verify", "export", "generate")
+COMMANDS = (
+    "demo", "info", "select", "draw", "fill", "verify", "export", "generate", "pull", "index",
+    "seed", "pack", "torrent", "publish", "cite",
+)  # fmt: skip
 
 SLOW_TINY = """
 import signal, sys, time
