@@ -103,8 +103,10 @@ class Store:
     def path(self, position: int) -> Path:
         """Shard file of a volume, present or not."""
         block, slot = divmod(int(position), BLOCK)
-        name = ".".join(("c", str(slot), *("0",) * len(self.layout.shape)))
-        return self.block_path(block) / name
+        return self.block_path(block) / self._name(slot)
+
+    def _name(self, slot: int) -> str:
+        return ".".join(("c", str(slot), *("0",) * len(self.layout.shape)))
 
     def has(self, position: int) -> bool:
         """Whether the volume is stored: its shard's footer is read and checked."""
@@ -116,9 +118,12 @@ class Store:
         found = np.zeros(len(wanted), dtype=bool)
         for block in np.unique(wanted // BLOCK):
             names = _listing(self.block_path(int(block)))
+            if not names:
+                continue
             for i in np.flatnonzero(wanted // BLOCK == block):
-                path = self.path(int(wanted[i]))
-                found[i] = path.name in names and self.layout.check(path)
+                position = int(wanted[i])
+                there = self._name(position % BLOCK) in names
+                found[i] = there and self.layout.check(self.path(position))
         return found
 
     def about(self, position: int) -> dict[str, Any]:
