@@ -1,0 +1,1 @@
+"""Volumes out of a torrent: single pieces of it, all of it, and giving it on."""
