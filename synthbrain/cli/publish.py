@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from synthbrain.publish.layout import Built
 
 _STYLES = ("bibtex", "cff", "text")
+_VERSIONS = ("hybrid", "v1", "v2")
 
 Rights = Annotated[
     str,
@@ -86,23 +87,31 @@ def torrent(
         typer.Option(metavar="KiB", help="Size of a piece, a power of two.",
                      show_default="small enough to fetch single volumes"),
     ] = None,
+    version: Annotated[
+        str,
+        typer.Option(metavar="hybrid|v1|v2", help="Of the protocol. Hybrids serve both, but "
+                     "Transmission 3.00 and aria2 1.36 do not understand them: v1 reaches all."),
+    ] = "hybrid",
     comment: Annotated[str, typer.Option(metavar="TEXT", help="A comment.")] = "",
     private: Annotated[
         bool, typer.Option("--private", metavar=" ", help="Only its trackers may know of peers.")
     ] = False,
 ) -> None:  # fmt: skip
-    """Make a torrent of a file or a folder, for both versions of the protocol.
+    """Make a torrent of a file or a folder.
 
     The same files and options give the same torrent.
     """
     from synthbrain.progress import measured
     from synthbrain.torrent.make import make_torrent
 
+    if version not in _VERSIONS:
+        raise UsageError(f"--version must be one of {', '.join(_VERSIONS)}; found {version!r}")
     out = out or path.with_name(f"{path.name}.torrent")
     with measured("hashing", _bytes(path)) as show:
         meta = make_torrent(
             path, out, trackers=tracker or (), web_seeds=web_seed or (), comment=comment,
             piece_size=None if piece_size is None else piece_size * 1024, private=private,
+            version=version,  # type: ignore[arg-type]
             progress=lambda done, total: show(done * _bytes(path) // max(total, 1), path.name),
         )  # fmt: skip
     say(f"{len(meta.files):,} files in pieces of {meta.piece_length // 1024:,} KiB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,21 +74,22 @@ def verify(
     repair: Annotated[
         bool,
         typer.Option(
-            "--repair", metavar=" ", help="Set damaged volumes aside, for fill to make again."
+            "--repair",
+            metavar=" ",
+            help="Set damaged volumes aside, and fetch them again where a source has them.",
         ),
     ] = False,
     json: Json = False,
 ) -> None:
     """Decode every stored volume and name the damaged ones.
 
-    Exits with 1 if there are any, also when --repair has set them aside.
+    Exits with 1 if any are left. Volumes that --repair set aside and no source has are missing:
+    fill makes them again.
     """
     dataset = _dataset(cohort, selection, generator_name, store, made_by)
     present = [i for i in range(len(dataset)) if dataset.resolver.path(i).exists()]
     found = list(damage(dataset, present))
-    if repair:
-        for index, _ in found:
-            dataset.resolver.store_of(index).quarantine(dataset.manifest.positions[index])
+    mended = _mend(dataset, [index for index, _ in found]) if repair else 0
     ids, path = dataset.manifest.table.index, dataset.resolver.path
     problems = [{"id": ids[i], "problem": why, "path": str(path(i))} for i, why in found]
     if json:
@@ -96,8 +98,9 @@ def verify(
         for problem in problems:
             print(problem["id"], problem["problem"], sep="\t")
     missing = len(dataset) - len(present)
-    say(f"{len(present):,} checked, {len(found):,} damaged, {missing:,} not stored")
-    if found:
+    told = f", {mended:,} of them mended" if repair and found else ""
+    say(f"{len(present):,} checked, {len(found):,} damaged{told}, {missing:,} not stored")
+    if len(found) > mended:
         next_one = ("fill", cohort) if repair else ("verify", cohort, "--repair")
         hint("synthbrain", *next_one, *_again("--store", store))
         raise typer.Exit(PROBLEMS)
@@ -187,6 +190,23 @@ def damage(dataset: SynthBrainDataset, indices: list[int]) -> Iterator[tuple[int
         problem = check(index)
         if problem is not None:
             yield index, problem
+
+
+def _mend(dataset: SynthBrainDataset, damaged: list[int]) -> int:
+    """Set damaged volumes aside and have again those that can be had; how many that were."""
+    import numpy as np
+
+    from synthbrain.progress import track
+
+    resolver = dataset.resolver
+    for index in damaged:
+        resolver.store_of(index).quarantine(dataset.manifest.positions[index])
+    can_be_had = np.setdiff1d(damaged, resolver.plan(damaged).unavailable).tolist()
+    plan = resolver.plan(can_be_had)
+    with contextlib.suppress(MissingVolumeError):
+        for _ in track(resolver.fill(plan), total=plan.missing, what="mending"):
+            pass
+    return int(resolver.stored(np.array(damaged, dtype=np.int64)).sum())
 
 
 def _dataset(

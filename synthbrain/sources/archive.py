@@ -58,6 +58,8 @@ class ArchiveVolumes:
         Folder to keep the files of the archive in as well.
     any_affine
         Take voxels whatever affine their files state.
+    search
+        Whether to look for volumes the index does not know.
     unwanted
         Tells ids that need not be decoded when they come along with others.
     """
@@ -73,12 +75,13 @@ class ArchiveVolumes:
         index_path: Path | None = None,
         originals: Path | None = None,
         any_affine: bool = False,
+        search: bool = True,
         unwanted: Callable[[str], bool] = lambda id: False,
     ) -> None:
         self.archive, self.bytes = archive, bytes
         self.index = index or ArchiveIndex(archive.name)
         self.index_path, self.originals, self.any_affine = index_path, originals, any_affine
-        self.unwanted = unwanted
+        self.search, self.unwanted = search, unwanted
         self.name = bytes.name
         first, *rest = map(re.escape, archive.member.split("{id}"))
         self._volume = re.compile(f"{first}(?P<id>[A-Za-z0-9_-]+)" + "(?P=id)".join(rest))
@@ -88,8 +91,8 @@ class ArchiveVolumes:
         return self.archive.member.replace("{id}", id)
 
     def holds(self, ids: Sequence[str]) -> NDArray[np.bool_]:
-        """Which volumes it has; all of them, while its index is not complete."""
-        if not self.index.complete:
+        """Which volumes it has; all of them, while there is something left to search."""
+        if self._may_search:
             return np.ones(len(ids), dtype=bool)
         return np.array([self.path(id) in self.index.members for id in ids], dtype=bool)
 
@@ -116,7 +119,7 @@ class ArchiveVolumes:
         try:
             yield from self._noted(self._aimed(known, geometry), given)
             left = set(ids) - given - set(known.values())
-            if left and len(known) < count and not self.index.complete:
+            if left and len(known) < count and self._may_search:
                 found = self._searched(left, count - len(known), geometry)
                 yield from self._noted(found, given)
         finally:
@@ -147,6 +150,10 @@ class ArchiveVolumes:
         """Keep what is known of the archive."""
         if self.index_path is not None and self.index.members:
             self.index.save(self.index_path)
+
+    @property
+    def _may_search(self) -> bool:
+        return self.search and not self.index.complete
 
     def _known(self, ids: Sequence[str]) -> dict[Extent, str]:
         members = self.index.members

@@ -94,18 +94,17 @@ def open_sources(manifest: Manifest, options: SourceOptions = SourceOptions()) -
 def quick_sources(manifest: Manifest) -> list[Source]:
     """The header's sources that a dataset may ask while it trains: all but torrents.
 
-    Copies of an archive count once their index is complete.
+    Of a copy of the archive only volumes its index knows are read.
     """
-    sources = (
+    sources = [
         _quick(manifest, source, SourceOptions())
         for source in manifest.header.sources.values()
         if not isinstance(source, TorrentSource)
-    )
-    return [
-        source
-        for source in sources
-        if not (isinstance(source, ArchiveVolumes) and not source.index.complete)
     ]
+    for source in sources:
+        if isinstance(source, ArchiveVolumes):
+            source.search = False
+    return sources
 
 
 def index_path(name: str) -> Path:

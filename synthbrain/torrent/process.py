@@ -176,6 +176,8 @@ class Process:
                 f"no room for {about} in {self._task.save}: {text}; free some space, choose "
                 "another folder, or give it a smaller budget"
             )
+        if kind == "port":
+            return f"{about}: {text}; choose another with port= (--port)"
         if kind == "locked":
             return f"{about}: {text}; close that, or choose another folder"
         if kind == "disk":

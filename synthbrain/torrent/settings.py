@@ -62,6 +62,9 @@ def session_settings(task: Task) -> dict[str, Any]:
     everywhere = f"0.0.0.0:{task.port},[::]:{task.port}"
     category = lt.alert_category
     return {
+        # Whoever names a port means that one.
+        "max_retry_port_bind": 0 if task.port else 10,
+        "listen_system_port_fallback": not task.port,
         "listen_interfaces": f"127.0.0.1:{task.port}" if task.private else everywhere,
         **dict.fromkeys(
             ("enable_dht", "enable_lsd", "enable_upnp", "enable_natpmp"), not task.private

@@ -235,6 +235,9 @@ class Worker:
             self._file_error(alert)
         elif isinstance(alert, lt.torrent_error_alert):
             self._tell("error", kind="torrent", text=alert.message())
+        elif isinstance(alert, lt.listen_failed_alert):
+            if self._task.port and alert.error.value() == errno.EADDRINUSE:
+                self._tell("error", kind="port", text=f"port {self._task.port} is in use")
         elif isinstance(alert, lt.cache_flushed_alert):
             self._tell("flushed")
         elif isinstance(alert, lt.alerts_dropped_alert):

@@ -108,10 +108,15 @@ def test_a_closed_read_stops_the_transfer(small, small_torrent, small_seed, byte
     reading = source.read(small.members)
     next(reading)
     reading.close()
-    time.sleep(4)  # what was requested, up to 3 s of it, still comes
-    before = received(source)
-    assert before < 6_000_000
-    assert received(source) <= before + PIECE
+    seen = [-PIECE]
+
+    def rests():  # what was requested, some seconds of it, still comes
+        time.sleep(1.5)
+        seen.append(received(source))
+        return seen[-1] <= seen[-2] + PIECE
+
+    peers.wait_until(rests, 30, "the transfer to stop")
+    assert seen[-1] < 8_000_000
     assert len(small.check(source.read(small.members[:2]))) == 2
 
 
@@ -270,21 +275,20 @@ def worker_of(reader):
     return int(pid)
 
 
-def test_killed_at_any_moment_it_goes_on(small, small_torrent, tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on(small, small_torrent, tmp_path, kills):
     draw = random.Random(3)
     done = tmp_path / "done"
     done.write_text("")
-    kills = 0
     todo = list(small.members)
     with peers.aria2_seed(small.folder, small_torrent, limit=2_000_000) as aria2:
-        while kills < 20:
+        for _ in range(kills):
             reader = spawn(small_torrent, tmp_path / "scratch", aria2.address[1], done, todo)
             worker = worker_of(reader)
             time.sleep(draw.uniform(0, 0.35))
             for pid in draw.sample([reader.pid, worker], 2):
                 with peers.contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            kills += 1
             lines = [line.split() for line in reader.communicate()[0].splitlines()]
             for offset, size, digest in (line for line in lines if len(line) == 3):
                 extent = Extent(int(offset), int(size))
@@ -294,7 +298,7 @@ def test_killed_at_any_moment_it_goes_on(small, small_torrent, tmp_path):
         reader = spawn(small_torrent, tmp_path / "scratch", aria2.address[1], done, todo)
         assert "end" in reader.communicate(timeout=60)[0]
         sent = aria2.sent()
-    assert sent <= small.path.stat().st_size + 20 * 10 * PIECE
+    assert sent <= small.path.stat().st_size + kills * 10 * PIECE
 
 
 def test_no_worker_outlives_its_parent(small, small_torrent, small_seed, tmp_path):

@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import socket
 
 import peers
 import pytest
@@ -119,3 +120,11 @@ def test_a_full_disk_is_told(small, small_torrent, small_seed, small_disk, bytes
     remount("size=30m")
     again = bytes_of(small_torrent, peers=[small_seed], scratch=folder)
     assert len(small.check(again.read(small.members))) == len(small.members)
+
+
+def test_a_port_that_is_taken_is_told(small, small_torrent):
+    with socket.create_server((peers.HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SourceError, match=f"port {port} is in use; choose another"):
+            for _ in seed(small_torrent, small.folder, private=True, port=port, seconds=10):
+                pass
