@@ -38,6 +38,7 @@ _MEAN = 5_900_000
 
 _THREADS = 4
 _BATCH = 16
+_RECENT = 100
 _TABLE_STEP = 2**18
 
 
@@ -225,7 +226,8 @@ class ArchiveVolumes:
         """Read on from where the index ends, keeping every whole volume."""
         window = _Window(self.index.walked)
         while count > 0 and window.end < self.bytes.size:
-            ahead = min(_AHEAD, max(_SPAN, count * self._mean(self._recent())))
+            seen = self._recent()
+            ahead = min(_AHEAD, max(_SPAN, count * self._mean(seen))) if seen else _SPAN
             for offset, data in self._in_order(window.end, ahead):
                 if offset != window.end:  # something large was passed over
                     break
@@ -239,7 +241,9 @@ class ArchiveVolumes:
             self.index.finish(self.bytes.size)
 
     def _recent(self) -> list[Extent]:
-        return [e for e in list(self.index.members.values())[-100:] if e.size > BLOCK]
+        """Some volumes that are known, for what others may take."""
+        last = list(self.index.members.items())[-_RECENT:]
+        return [extent for path, extent in last if self._volume.fullmatch(path)]
 
     def _in_order(self, start: int, count: int) -> Iterator[tuple[int, bytes]]:
         """Consecutive bytes of the archive from an offset on."""
@@ -312,7 +316,7 @@ class ArchiveVolumes:
         read = _buffered(self.bytes, start, _TABLE_STEP)
         for member in walk(read, start):
             self.index.add(member)
-            if self._volume.fullmatch(member.path) or member.path == self.archive.participants:
+            if self._volume.fullmatch(member.path):
                 return
 
     def _look_at_end(self) -> None:

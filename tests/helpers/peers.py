@@ -62,6 +62,16 @@ def listens(port, host=HOST):
         return probe.connect_ex((host, port)) == 0
 
 
+def received(source):
+    """Bytes of payload that reached a torrent's file so far, once no more come."""
+    counts = []
+    for event in source._process.events():
+        counts += [source.status.received] * (event["event"] == "status")
+        if len(counts) > 3 and counts[-3] == counts[-1]:
+            return counts[-1]
+    raise AssertionError
+
+
 def own_address():
     """This machine's address in its network, loopback if it has none. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

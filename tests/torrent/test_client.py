@@ -31,16 +31,6 @@ def covering():
     return count
 
 
-def received(source):
-    """Payload so far, once no more comes."""
-    counts = []
-    for event in source._process.events():
-        counts += [source.status.received] * (event["event"] == "status")
-        if len(counts) > 3 and counts[-3] == counts[-1]:
-            return counts[-1]
-    raise AssertionError
-
-
 def scattered(archive, count=20):
     return random.Random(7).sample(archive.members, count)
 
@@ -57,8 +47,8 @@ def test_scattered_members_cost_their_pieces(archive, bytes_of, covering, progra
         assert source.cost(extents).bytes == covering(torrent, extents)
         found = archive.check(source.read(extents))
         assert sorted(found) == sorted(extents)
-        assert sum(e.size for e in extents) <= received(source)
-        assert received(source) <= OVERHEAD * covering(torrent, extents)
+        assert sum(e.size for e in extents) <= peers.received(source)
+        assert peers.received(source) <= OVERHEAD * covering(torrent, extents)
         assert source.cost(extents).bytes == 0
 
 
@@ -73,7 +63,7 @@ def test_first_members_cost_the_first_pieces(small, small_torrent, small_seed, b
     for count in (1, 5, 10):
         small.check(source.read(small.members[:count]))
         first = covering(small_torrent, small.members[:count])
-        assert received(source) <= OVERHEAD * first
+        assert peers.received(source) <= OVERHEAD * first
     assert source.spare()[0].end >= small.members[9].end
 
 
@@ -112,7 +102,7 @@ def test_a_closed_read_stops_the_transfer(small, small_torrent, small_seed, byte
 
     def rests():  # what was requested, some seconds of it, still comes
         time.sleep(1.5)
-        seen.append(received(source))
+        seen.append(peers.received(source))
         return seen[-1] <= seen[-2] + PIECE
 
     peers.wait_until(rests, 30, "the transfer to stop")
@@ -133,7 +123,7 @@ def test_flipped_bytes_in_scratch_are_fetched_again(
             file.write(bytes(100))
     again = bytes_of(small_torrent, peers=[small_seed])
     assert len(small.check(again.read(small.members[:10]))) == 10
-    assert received(again) <= OVERHEAD * 3 * PIECE
+    assert peers.received(again) <= OVERHEAD * 3 * PIECE
 
 
 def test_flipped_bytes_under_a_running_worker_are_fetched_again(

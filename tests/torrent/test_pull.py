@@ -65,12 +65,12 @@ def test_scattered_rows_cost_their_pieces(released, torrent, peer, home):
     assert pull.plan().missing == 20
     planned = pull.plan().bytes_to_fetch
     done = list(pull.run())
-    status = pull.sources[0].bytes.status
+    received = peers.received(pull.sources[0].bytes)
     pull.close()
     assert set(pull.rows.tolist()) <= set(done)
     assert same(released, pull.resolver, pull.rows)
     assert planned <= 20 * (70_000 + 2 * PIECE)
-    assert status.received <= 1.02 * planned + PIECE
+    assert received <= 1.02 * planned + PIECE
 
 
 def test_the_first_rows_of_an_unknown_archive_cost_the_first_bytes(released, torrent, home):
@@ -82,7 +82,7 @@ def test_the_first_rows_of_an_unknown_archive_cost_the_first_bytes(released, tor
         pull = Pull.of(released.open(), options(torrent, aria2.address), table=tsv, limit=40)
         assert pull.count == 40
         done = list(pull.run())
-        received = pull.sources[0].bytes.status.received
+        received = peers.received(pull.sources[0].bytes)
         pull.close()
     assert len(done) >= 40
     assert same(released, pull.resolver, np.flatnonzero(pull.resolver.stored()))
