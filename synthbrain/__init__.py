@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from synthbrain.cohort import draw_cohort
     from synthbrain.dataset import SynthBrainDataset
     from synthbrain.errors import SynthBrainError
+    from synthbrain.hf import from_hf, to_hf
     from synthbrain.manifest import Manifest
+    from synthbrain.pull import Pull
     from synthbrain.quantise import as_float
     from synthbrain.sources.folder import FolderSource
     from synthbrain.store import Store
@@ -19,21 +21,27 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "FolderSource",
     "Manifest",
+    "Pull",
     "Store",
     "SynthBrainDataset",
     "SynthBrainError",
     "as_float",
     "draw_cohort",
+    "from_hf",
+    "to_hf",
 ]
 
 _HOMES = {
     "FolderSource": "synthbrain.sources.folder",
     "Manifest": "synthbrain.manifest",
+    "Pull": "synthbrain.pull",
     "Store": "synthbrain.store",
     "SynthBrainDataset": "synthbrain.dataset",
     "SynthBrainError": "synthbrain.errors",
     "as_float": "synthbrain.quantise",
     "draw_cohort": "synthbrain.cohort",
+    "from_hf": "synthbrain.hf",
+    "to_hf": "synthbrain.hf",
 }
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from generation.covariates import COVARIATES, NAMES, SEXES
 from generation.generator import LatentGenerator
 from synthbrain.errors import GeneratorError, UsageError
-from synthbrain.generators import load_generator
+from synthbrain.generators import identity, load_generator
 from synthbrain.home import home
 from synthbrain.manifest import Manifest, Range
 from synthbrain.plan import Plan
@@ -25,7 +25,7 @@ from synthbrain.progress import track
 from synthbrain.quantise import as_float, as_float32, intensities
 from synthbrain.resolver import NOUNS, Representation, Resolver
 from synthbrain.sources.folder import FolderSource
-from synthbrain.sources.opening import quick_sources
+from synthbrain.sources.opening import packed_by, quick_sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,8 +53,9 @@ where, ids, limit, extrapolate
         Which rows, as in :meth:`synthbrain.Manifest.select`.
     generator
         Makes recipes that are stored nowhere: a name, an object with the methods of
-        :class:`generation.generator.Generator`, or ``"auto"`` for the best one installed. With
-        None nothing is ever sampled and a missing row raises.
+        :class:`generation.generator.Generator`, or ``"auto"`` for the best one installed, and for
+        None where the manifest names packs of what another one made. With None nothing is ever
+        sampled, and a missing row that no source has raises.
     sources
         Where to fetch from before sampling: sources, or folders of NIfTI files. By default those
         of the manifest's header but torrents, which `synthbrain pull` fetches from; ``[]`` for
@@ -156,10 +157,14 @@ where, ids, limit, extrapolate
             raise UsageError(f"seed must lie in [0, 2**64), found {seed}")
         if isinstance(sources, (str, os.PathLike)):
             raise UsageError(f"sources must be a list of sources and folders, found {sources!r}")
+        if isinstance(generator, str):
+            generator = _named(generator, self.manifest)
+        if generator is None and made_by is None:
+            made_by = packed_by(self.manifest)
         self.resolver = Resolver(
             self.manifest,
             Path(store).expanduser() if store is not None else home() / "store",
-            load_generator(generator) if isinstance(generator, str) else generator,
+            generator,
             made_by=made_by,
             sources=quick_sources(self.manifest)
             if sources is None
@@ -433,6 +438,13 @@ def _columns(table: pd.DataFrame, units: str) -> dict[str, Array]:
 
 def _as_source(source: Source | str | os.PathLike[str]) -> Source:
     return FolderSource(Path(source)) if isinstance(source, (str, os.PathLike)) else source
+
+
+def _named(name: str, manifest: Manifest) -> Generator | None:
+    """A generator by name; with ``"auto"`` none whose volumes are others than those published."""
+    maker = packed_by(manifest)
+    generator = load_generator(name)
+    return None if name == "auto" and maker not in (None, identity(generator)) else generator
 
 
 def _patch_size(size: Sequence[int] | int | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:

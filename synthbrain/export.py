@@ -27,8 +27,7 @@ from generation.covariates import COVARIATES, SEXES
 from synthbrain.errors import MissingVolumeError, StoreError, UsageError
 from synthbrain.progress import track
 from synthbrain.quantise import Array, intensities
-from synthbrain.resolver import PUBLISHED
-from synthbrain.rows import bids_label
+from synthbrain.rows import PUBLISHED, bids_label
 
 if TYPE_CHECKING:
     from synthbrain.dataset import SynthBrainDataset

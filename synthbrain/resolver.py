@@ -39,6 +39,7 @@ from synthbrain.generators import identity
 from synthbrain.header import Geometry, LatentGeometry
 from synthbrain.plan import Plan, size_text
 from synthbrain.quantise import Array, halves, quantise
+from synthbrain.rows import PUBLISHED
 from synthbrain.store import Store, stored_shape
 
 if TYPE_CHECKING:
@@ -55,9 +56,6 @@ Representation = Literal["image", "latent"]
 
 NOUNS: dict[str, str] = {"image": "volume", "latent": "latent"}
 """Representations, and what one row's is called; its plural names the folder they are kept in."""
-
-PUBLISHED = "published"
-"""Stands where a generator's identity does, for volumes that were published."""
 
 _BYTES_PER_VOXEL = 0.48
 """Measured on phantoms, uint8 and zstd -1; only for estimates."""

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COLUMNS: tuple[str, ...] = ("split", *NAMES, "seed", "origin")
-ORIGINS = ("recipe", "published")
+PUBLISHED = "published"
+"""Origin of rows whose voxels exist; stands where a generator's identity does, too."""
+ORIGINS = ("recipe", PUBLISHED)
 POSITION = "position"
 """Extra column of a saved selection: the row's number in the parent, where its volume is kept."""
 SHA256 = "sha256"

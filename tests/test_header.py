@@ -85,6 +85,21 @@ def test_a_minimal_header_has_the_published_geometry():
         (minimal(geometry={"scale": float("nan")}), "geometry.scale"),
         (minimal(parent={"name": "p"}), "'parent.rows_digest' is missing"),
         (minimal(sources={"t": {"kind": "carrier pigeon"}}), "sources.t"),
+        (
+            minimal(sources={"t": {"kind": "archive", "url": "ftp://host/a.tar"}}),
+            "must be an addre",
+        ),
+        (minimal(sources={"t": {"kind": "archive", "url": "/etc/passwd"}}), "must be an address"),
+        (minimal(sources={"t": {"kind": "packs", "url": "javascript://x"}}), "must be an address"),
+        (
+            minimal(sources={"t": {"kind": "packs", "url": "https://x", "made_by": "../x"}}),
+            "made_by",
+        ),
+        (minimal(sources={"t": {"kind": "torrent", "info_hash": "xyz", "file": "a"}}), "info_hash"),
+        (
+            minimal(sources={"t": {"kind": "torrent", "info_hash": "0" * 40, "file": "../a"}}),
+            "without '.', '..'",
+        ),
     ],
 )
 def test_a_damaged_header_is_refused_in_one_line_that_names_the_field(text, says):

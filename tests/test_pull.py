@@ -266,6 +266,7 @@ name, kind, place = sys.argv[1:]
 options = {
     "tar": lambda: SourceOptions(folders=[place]),
     "url": lambda: SourceOptions(urls=[place], only=True),
+    "packs": lambda: SourceOptions(urls=[place], only=True),
 }[kind]()
 from pathlib import Path
 options.__dict__["folders"] = [Path(f) for f in options.folders]
@@ -299,8 +300,19 @@ def killed_until_done(script, args, seed, *, most):
     return most
 
 
+def published_by_somebody(released, home, tmp_path):
+    """Folder of the same volumes as packs."""
+    from synthbrain.publish.layout import build
+
+    pull = Pull.of(released.open(), from_tar(released), store=tmp_path / "theirs")
+    list(pull.run())
+    ds = SynthBrainDataset("tiny-set", generator=None, sources=[], store=tmp_path / "theirs")
+    build(ds, tmp_path / "out", progress=False)
+    return tmp_path / "out"
+
+
 @pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["tar", "url"])
+@pytest.mark.parametrize("kind", ["tar", "url", "packs"])
 def test_a_pull_that_is_killed_goes_on_and_shows_no_bad_volume(
     released, home, tmp_path, kind, most
 ):

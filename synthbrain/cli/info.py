@@ -118,7 +118,8 @@ def _spans(manifest: Manifest) -> dict[str, Any]:
 
 def _stored(manifest: Manifest, store: Path) -> dict[str, Any]:
     """Rows stored and missing, by who made them."""
-    from synthbrain.resolver import PUBLISHED, Resolver
+    from synthbrain.resolver import Resolver
+    from synthbrain.rows import PUBLISHED
 
     folder = store / manifest.store_key
     makers = sorted(path.parent.name for path in folder.glob("*/volumes") if path.is_dir())

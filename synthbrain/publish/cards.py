@@ -11,7 +11,7 @@ from synthbrain.errors import UsageError
 from synthbrain.manifest import Manifest
 from synthbrain.plan import size_text
 from synthbrain.publish.citations import SPDX, citations, title_of
-from synthbrain.resolver import PUBLISHED
+from synthbrain.rows import PUBLISHED
 
 __all__ = ["Card", "citations", "readme", "require_rights", "title_of"]
 

@@ -46,8 +46,7 @@ from synthbrain.publish.folder import (
     remove_stale,
 )
 from synthbrain.publish.pack import Member, pack_name, write_pack
-from synthbrain.resolver import PUBLISHED
-from synthbrain.rows import digest_contents, write_rows
+from synthbrain.rows import PUBLISHED, digest_contents, write_rows
 from synthbrain.store import BLOCK, Store
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from synthbrain.header import ArchiveSource, Licence, PacksSource, TorrentSource
 from synthbrain.home import home
 from synthbrain.manifest import Manifest
 from synthbrain.participants import read_participants
+from synthbrain.rows import PUBLISHED
 from synthbrain.sources.archive import ArchiveVolumes
 from synthbrain.sources.extents import Bytes, Extent
 from synthbrain.sources.folder import FolderSource
@@ -107,6 +108,12 @@ def quick_sources(manifest: Manifest) -> list[Source]:
     return sources
 
 
+def packed_by(manifest: Manifest) -> str | None:
+    """What made the volumes of a manifest's recipes, where its header names packs of them."""
+    packs = (s for s in manifest.header.sources.values() if isinstance(s, PacksSource))
+    return next((source.made_by for source in packs if source.made_by != PUBLISHED), None)
+
+
 def index_path(name: str) -> Path:
     """SourceOptions the index of a manifest's archive is kept."""
     return home() / "indexes" / f"{name}.parquet"
@@ -159,7 +166,7 @@ def _given_folder(manifest: Manifest, path: Path, options: SourceOptions) -> Sou
     if path.is_file():
         return _archive(manifest, FileBytes(path), options)
     if (path / "packs").is_dir():
-        return PackVolumes(manifest, str(path), made_by=_maker(manifest))
+        return PackVolumes(manifest, str(path), made_by=packed_by(manifest) or PUBLISHED)
     archive = manifest.header.archive
     if archive is not None and (path / archive.name).is_file():
         return _archive(manifest, FileBytes(path / archive.name), options)
@@ -170,12 +177,7 @@ def _given_folder(manifest: Manifest, path: Path, options: SourceOptions) -> Sou
 def _given_url(manifest: Manifest, url: str, options: SourceOptions) -> Source:
     if url.endswith((".tar", ".zip")):
         return _archive(manifest, open_bytes(url), options)
-    return PackVolumes(manifest, url, made_by=_maker(manifest))
-
-
-def _maker(manifest: Manifest) -> str:
-    packs = (s for s in manifest.header.sources.values() if isinstance(s, PacksSource))
-    return next((source.made_by for source in packs), "published")
+    return PackVolumes(manifest, url, made_by=packed_by(manifest) or PUBLISHED)
 
 
 def _archive(manifest: Manifest, bytes: Bytes, options: SourceOptions) -> ArchiveVolumes:
