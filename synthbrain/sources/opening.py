@@ -166,7 +166,7 @@ def _given_folder(manifest: Manifest, path: Path, options: SourceOptions) -> Sou
     if path.is_file():
         return _archive(manifest, FileBytes(path), options)
     if (path / "packs").is_dir():
-        return PackVolumes(manifest, str(path), made_by=packed_by(manifest) or PUBLISHED)
+        return PackVolumes(manifest, str(path), made_by=packed_by(manifest))
     archive = manifest.header.archive
     if archive is not None and (path / archive.name).is_file():
         return _archive(manifest, FileBytes(path / archive.name), options)
@@ -177,7 +177,7 @@ def _given_folder(manifest: Manifest, path: Path, options: SourceOptions) -> Sou
 def _given_url(manifest: Manifest, url: str, options: SourceOptions) -> Source:
     if url.endswith((".tar", ".zip")):
         return _archive(manifest, open_bytes(url), options)
-    return PackVolumes(manifest, url, made_by=packed_by(manifest) or PUBLISHED)
+    return PackVolumes(manifest, url, made_by=packed_by(manifest))
 
 
 def _archive(manifest: Manifest, bytes: Bytes, options: SourceOptions) -> ArchiveVolumes:

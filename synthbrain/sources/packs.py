@@ -8,6 +8,7 @@ the shard as it was published, so nothing lies on disk twice and nothing is enco
 from __future__ import annotations
 
 import io
+import json
 import logging
 import struct
 import zipfile
@@ -54,15 +55,17 @@ class PackVolumes:
     url
         Address below which ``packs/`` lies.
     made_by
-        ``"published"``, or the identity of the generator that made them.
+        ``"published"``, or the identity of the generator that made them; what the packs say by
+        default.
     """
 
-    def __init__(self, manifest: Manifest, url: str, *, made_by: str = "published") -> None:
-        self.url, self.made_by = url.rstrip("/"), made_by
+    def __init__(self, manifest: Manifest, url: str, *, made_by: str | None = None) -> None:
+        self.url = url.rstrip("/")
         self.name = f"packs {self.url}"
         self._manifest = manifest
         self._packs: dict[int, Bytes] = {}
         self._directories: dict[int, dict[str, Extent]] = {}
+        self.made_by = self._said() if made_by is None else made_by
 
     def holds(self, ids: Sequence[str]) -> NDArray[np.bool_]:
         """All rows of the manifest, which was published with its packs."""
@@ -106,6 +109,16 @@ class PackVolumes:
         for wave in pack.waves(list(extents)):
             for extent, data in pack.read(wave):
                 yield extents[extent], _stored(data, pack.name)
+
+    def _said(self) -> str:
+        """What the pack of the first row says made its volumes."""
+        block = int(self._manifest.positions[0]) // BLOCK
+        pack, directory = self._pack(block), self._directory(block)
+        try:
+            ((_, data),) = pack.read([directory["zarr.json"]])
+            return str(json.loads(_stored(data, pack.name))["attributes"]["made_by"])
+        except (KeyError, ValueError, TypeError):
+            raise SourceError(f"{pack.name} does not say what made its volumes") from None
 
     def _pack(self, block: int) -> Bytes:
         if block not in self._packs:
