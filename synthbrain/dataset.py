@@ -19,11 +19,12 @@ from generation.generator import LatentGenerator
 from synthbrain.errors import GeneratorError, UsageError
 from synthbrain.generators import identity, load_generator
 from synthbrain.home import home
+from synthbrain.making import NOUNS, Representation
 from synthbrain.manifest import Manifest, Range
 from synthbrain.plan import Plan
 from synthbrain.progress import track
 from synthbrain.quantise import as_float, as_float32, intensities
-from synthbrain.resolver import NOUNS, Representation, Resolver
+from synthbrain.resolver import Resolver
 from synthbrain.sources.folder import FolderSource
 from synthbrain.sources.opening import packed_by, quick_sources
 

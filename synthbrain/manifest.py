@@ -98,6 +98,10 @@ class Manifest:
         """
         folder = _locate(name_or_path)
         header = _read_header(folder)
+        if "://" in os.fspath(name_or_path):
+            from synthbrain.remote import pinned
+
+            header = pinned(header, folder)
         if header.rows_digest is None:
             empty = pd.DataFrame(columns=list(COLUMNS), index=pd.Index([], name="id", dtype="str"))
             return cls(header, empty, np.zeros(0, np.uint32))

@@ -36,7 +36,7 @@ class Pull:
     chosen
         The rows asked for.
     sources
-        SourceOptions from.
+        Where from.
     folder
         Folder of all stores.
     count

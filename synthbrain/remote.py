@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from synthbrain.errors import ManifestError, SourceError
-from synthbrain.header import Header
+from synthbrain.header import Header, PacksSource
 from synthbrain.home import home
 from synthbrain.sources.extents import Bytes, Extent
 from synthbrain.sources.url import hub_address, open_bytes
@@ -40,6 +40,32 @@ def fetch_manifest(address: str) -> Path:
     """
     base = address.rstrip("/").removesuffix(f"/{HEADER}")
     return _from_hub(base) if base.startswith("hf://") else _from_url(base)
+
+
+def pinned(header: Header, folder: Path) -> Header:
+    """The header of a manifest out of the Hub's cache, its packs those of the same commit.
+
+    Parameters
+    ----------
+    header
+        As published.
+    folder
+        Where :func:`fetch_manifest` left it.
+    """
+    if folder.parent.name != "snapshots":
+        return header
+    sources = {
+        name: source.model_copy(update={"url": f"{source.url}@{folder.name}"})
+        if isinstance(source, PacksSource) and _is_repository(source.url)
+        else source
+        for name, source in header.sources.items()
+    }
+    return header.model_copy(update={"sources": sources})
+
+
+def _is_repository(url: str) -> bool:
+    """Whether an address names a repository of the Hub, without a revision."""
+    return url.startswith("hf://") and hub_address(url)[1:] == (None, "")
 
 
 def _from_hub(base: str) -> Path:

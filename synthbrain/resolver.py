@@ -18,12 +18,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from generation.covariates import NAMES
 from generation.generator import LatentGenerator
 from synthbrain import claims
 from synthbrain.errors import (
@@ -37,13 +36,13 @@ from synthbrain.errors import (
 )
 from synthbrain.generators import identity
 from synthbrain.header import Geometry, LatentGeometry
+from synthbrain.making import NOUNS, Making, Representation, check_fit
 from synthbrain.plan import Plan, size_text
-from synthbrain.quantise import Array, halves, quantise
+from synthbrain.quantise import Array
 from synthbrain.rows import PUBLISHED
 from synthbrain.store import Store, stored_shape
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from generation.generator import Generator
@@ -51,11 +50,6 @@ if TYPE_CHECKING:
     from synthbrain.sources.base import Payload, Source
 
 log = logging.getLogger("synthbrain")
-
-Representation = Literal["image", "latent"]
-
-NOUNS: dict[str, str] = {"image": "volume", "latent": "latent"}
-"""Representations, and what one row's is called; its plural names the folder they are kept in."""
 
 _BYTES_PER_VOXEL = 0.48
 """Measured on phantoms, uint8 and zstd -1; only for estimates."""
@@ -119,7 +113,7 @@ class Resolver:
                     f"made_by={self.made_by!r} asks for other volumes than the generator's "
                     f"{identity(self.generator)!r}; pass generator=None to only read them"
                 )
-            self._check_generator(self.generator)
+            check_fit(self.generator, self.manifest, self.representation)
             self.made_by = identity(self.generator)
         elif self.made_by is None:
             self.made_by = self._only_maker()
@@ -455,62 +449,18 @@ class Resolver:
             done = {index: self._read(index) for index in batch}
             left = [index for index, volume in done.items() if volume is None]
             if left:
-                for index, values in self._new_values(left):
-                    done[index] = self._stored_values(index, values)
-                    self._keep(index, done[index])
+                assert self.generator is not None
+                making = Making(self.manifest, self.generator, self.geometry, self.representation)
+                for index, values in making.of(left, self._stored_latents(left)):
+                    done[index] = values
+                    self._keep(index, values)
         yield from ((index, volume) for index, volume in done.items() if volume is not None)
-
-    def _new_values(self, indices: list[int]) -> Iterator[tuple[int, Array]]:
-        """What the generator makes of some rows, each of the stored shape."""
-        latents = self._stored_latents(indices)
-        if latents:
-            yield from zip(latents, self._decoded(list(latents.values())), strict=True)
-        left = [index for index in indices if index not in latents]
-        if left:
-            rows = self.manifest.table.iloc[left][[*NAMES, "seed"]]
-            yield from zip(left, self._sampled(rows), strict=True)
 
     def _stored_latents(self, indices: list[int]) -> dict[int, Array]:
         if self._latents is None:
             return {}
         found = ((index, self._latents._read(index)) for index in indices)
         return {index: latent for index, latent in found if latent is not None}
-
-    def _decoded(self, latents: list[Array]) -> Array:
-        import torch
-
-        assert isinstance(self.generator, LatentGenerator)
-        stored = torch.from_numpy(np.stack(latents)).to(torch.float32)
-        return self._as_array(self.generator.decode(stored), len(latents))
-
-    def _sampled(self, rows: pd.DataFrame) -> Array:
-        assert self.generator is not None
-        if self.representation == "image":
-            return self._as_array(self.generator.sample(rows), len(rows))
-        assert isinstance(self.generator, LatentGenerator)
-        return self._as_array(self.generator.sample_latents(rows), len(rows))
-
-    def _as_array(self, made: torch.Tensor, count: int) -> Array:
-        """The generator's output for ``count`` rows, ``(n, *shape)``."""
-        channel = (1,) if self.representation == "image" else ()
-        expected = (count, *channel, *self.geometry.shape)
-        if tuple(made.shape) != expected:
-            raise GeneratorError(
-                f"{self.made_by} gave an array of shape {tuple(made.shape)} for {count} "
-                f"rows, expected {expected}; check it with synthbrain.testing.check_generator"
-            )
-        return made.detach().float().cpu().numpy().reshape(count, *self.geometry.shape)
-
-    def _stored_values(self, index: int, values: Array) -> Array:
-        try:
-            if self.representation == "latent":
-                return halves(values)
-            return quantise(values, self.manifest.header.geometry)
-        except ValueError as error:
-            id = self.manifest.table.index[index]
-            raise GeneratorError(
-                f"{self.made_by} made a wrong {self._noun} of {id}: {error}"
-            ) from None
 
     def _keep(self, index: int, volume: Any) -> None:
         if self._unwritable:
@@ -555,33 +505,17 @@ class Resolver:
         if self._is_published[first] and self.representation == "latent":
             why = "published rows have volumes but no latents; ask for representation='image'"
         elif self._is_published[first]:
-            why = "they were published, and no source given has them; pass sources=[...]"
+            name = (self.manifest.header.parent or self.manifest.header).name
+            why = (
+                "they were published, and no source given has them; fetch them with "
+                f"`synthbrain pull {name}`, or pass sources=[...]"
+            )
         else:
             why = "generator=None never samples; run `synthbrain fill`, or pass a generator"
         raise MissingVolumeError(
             f"{len(plan.unavailable):,} of the {self._noun}s asked for are not in {self.folder}, "
             f"{id!r} first: {why} (plan: {plan})"
         )
-
-    def _check_generator(self, generator: Generator) -> None:
-        shape = self.manifest.header.geometry.shape
-        if tuple(generator.shape) != shape:
-            raise GeneratorError(
-                f"generator {generator.name!r} makes volumes of shape {tuple(generator.shape)}, "
-                f"manifest {self.manifest.name!r} holds {shape}; use another generator"
-            )
-        if self.representation == "latent" and not isinstance(generator, LatentGenerator):
-            raise GeneratorError(
-                f"generator {generator.name!r} makes volumes without latents; use one that has "
-                "sample_latents() and decode(), or representation='image'"
-            )
-        ignored = set(NAMES) - generator.honours
-        if ignored and self.manifest.header.conditional:
-            raise GeneratorError(
-                f"generator {generator.name!r} ignores {', '.join(sorted(ignored))}, but "
-                f"manifest {self.manifest.name!r} asks for it; use a conditional generator, or "
-                "a manifest whose header says conditional: false"
-            )
 
     def _only_maker(self) -> str | None:
         folder = self.folder / self.manifest.store_key

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 import synthbrain
-from synthbrain.cli import demo, generate, info, manifests, publish, pull, volumes, weights
+from synthbrain.cli import (
+    archives,
+    demo,
+    generate,
+    info,
+    manifests,
+    publish,
+    pull,
+    volumes,
+    weights,
+)
 from synthbrain.cli.console import Commands, examples
 
 __all__ = ["app", "main"]
@@ -62,6 +72,7 @@ info.register(app)
 manifests.register(app)
 volumes.register(app)
 pull.register(app)
+archives.register(app)
 publish.register(app)
 generate.register(app)
 weights.register(app)

@@ -1,52 +1,32 @@
-"""``synthbrain pull``, ``index`` and ``seed``: published volumes, and giving them on."""
+"""``synthbrain pull``: published volumes."""
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synthbrain.cli.console import examples, hint, interrupted, say, show_json
-from synthbrain.cli.options import DryRun, Json, Overwrite, Selection, StoreFolder, selecting
-from synthbrain.errors import SourceError, UsageError
+from synthbrain.cli.console import examples, hint, interrupted, say
+from synthbrain.cli.options import DryRun, Overwrite, Selection, StoreFolder, selecting
+from synthbrain.cli.swarm import (
+    SWARM,
+    DownloadLimit,
+    Peers,
+    Private,
+    UploadLimit,
+    addresses,
+    byte_count,
+    rate,
+)
+from synthbrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from synthbrain.archive import ArchiveIndex
     from synthbrain.plan import Plan
     from synthbrain.pull import Pull
-    from synthbrain.sources.extents import Bytes
     from synthbrain.sources.opening import SourceOptions
 
-_FROM, _SWARM = "SourceOptions from", "Torrents"
-_SAVE_SECONDS = 5.0
-_SHOW_SECONDS = 10.0
-
-Peers = Annotated[
-    list[str] | None,
-    typer.Option("--peer", metavar="HOST:PORT", help="A peer to connect to; may be repeated.",
-                 rich_help_panel=_SWARM),
-]  # fmt: skip
-Private = Annotated[
-    bool,
-    typer.Option("--private", metavar=" ", rich_help_panel=_SWARM,
-                 help="No trackers and no discovery: talk to --peer and web seeds alone."),
-]  # fmt: skip
-UploadLimit = Annotated[
-    str | None,
-    typer.Option(metavar="RATE", help="Upload at most so fast: 500kB, 2MB (a second).",
-                 rich_help_panel=_SWARM),
-]  # fmt: skip
-DownloadLimit = Annotated[
-    str | None,
-    typer.Option(metavar="RATE", help="Download at most so fast.", rich_help_panel=_SWARM),
-]  # fmt: skip
-Check = Annotated[
-    bool, typer.Option("--check", metavar=" ", help="Hash what is in the folder first.")
-]
+_FROM = "Where from"
 
 
 @selecting
@@ -114,15 +94,15 @@ def pull(
     upload_limit: UploadLimit = None,
     scratch: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=_SWARM, help="Folder for pieces of a torrent.",
+        typer.Option(metavar="DIR", rich_help_panel=SWARM, help="Folder for pieces of a torrent.",
                      show_default="cache/ in the package's home"),
     ] = None,
     scratch_limit: Annotated[
-        str, typer.Option(metavar="SIZE", rich_help_panel=_SWARM, help="Disk for pieces.")
+        str, typer.Option(metavar="SIZE", rich_help_panel=SWARM, help="Disk for pieces.")
     ] = "20GB",
     timeout: Annotated[
         float,
-        typer.Option(metavar="SECONDS", rich_help_panel=_SWARM,
+        typer.Option(metavar="SECONDS", rich_help_panel=SWARM,
                      help="Give a torrent up after so long without any progress."),
     ] = 120.0,
     dry_run: DryRun = False,
@@ -137,8 +117,8 @@ def pull(
     from synthbrain.sources.opening import SourceOptions
 
     swarm: dict[str, Any] = {
-        "peers": _addresses(peer), "private": private,
-        "download_limit": _rate(download_limit), "upload_limit": _rate(upload_limit),
+        "peers": addresses(peer), "private": private,
+        "download_limit": rate(download_limit), "upload_limit": rate(upload_limit),
         "timeout": timeout,
     }  # fmt: skip
     if manifest.endswith(".torrent"):
@@ -149,97 +129,14 @@ def pull(
     given = SourceOptions(
         folders=from_ or (), urls=url or (), torrent=torrent, only=only, index=index,
         originals=originals, any_affine=any_affine, scratch=scratch,
-        scratch_limit=_size("--scratch-limit", scratch_limit), torrent_options=swarm,
+        scratch_limit=byte_count("--scratch-limit", scratch_limit), torrent_options=swarm,
     )  # fmt: skip
     _pull_rows(ctx, Manifest.open(manifest), given, selection, store, participants,
                save=save, dry_run=dry_run, overwrite=overwrite)  # fmt: skip
 
 
-def index(
-    archive: Annotated[
-        str, typer.Argument(metavar="TAR", help="A tar, on disk or at an address.",
-                            show_default=False)
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The index to write, a Parquet file.",
-                     show_default="<tar>.index.parquet"),
-    ] = None,
-    manifest: Annotated[
-        str | None,
-        typer.Option(metavar="MANIFEST", show_default="the one whose archive has this name",
-                     help="Also read this manifest's rows, and keep the index for `pull`."),
-    ] = None,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Find out where each member of a tar lies, without unpacking it.
-
-    The index is small and may be shared: with it `pull --index` fetches exactly the volumes asked
-    for. Safe to interrupt and to run again.
-    """
-    from synthbrain.archive import ArchiveIndex
-    from synthbrain.sources.url import open_bytes
-
-    source = open_bytes(archive)
-    name = archive.rstrip("/").rpartition("/")[2]
-    out = out or Path(f"{name}.index.parquet")
-    found = ArchiveIndex.load(out) if out.exists() else ArchiveIndex(name)
-    if found.size not in (None, source.size):
-        raise SourceError(
-            f"{out} is the index of an archive of {found.size:,} bytes, {archive} has "
-            f"{source.size:,}; delete it, or write another with --out"
-        )
-    _walk(found, source, out)
-    say(f"{len(found.members):,} files in {name}, {source.size / 1e9:,.2f} GB")
-    learnt = _learn(found, source, manifest, name)
-    if json:
-        show_json({"index": str(out), "files": len(found.members), "manifest": learnt})
-    else:
-        print(out)
-
-
-def seed(
-    ctx: typer.Context,
-    torrent: Annotated[
-        str, typer.Argument(metavar="TORRENT", help="A .torrent or a magnet link.",
-                            show_default=False)
-    ],
-    folder: Annotated[Path, typer.Option(metavar="DIR", help="SourceOptions its files are.")],
-    ratio: Annotated[
-        float | None, typer.Option(metavar="X", help="Stop after giving away X times its size.")
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(metavar="N", help="Stop after N minutes.")
-    ] = None,
-    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on; 0 for any.")] = 0,
-    peer: Peers = None,
-    private: Private = False,
-    upload_limit: UploadLimit = None,
-    check: Check = False,
-) -> None:  # fmt: skip
-    """Give the files of a torrent on to others, until stopped."""
-    from synthbrain.torrent.whole import seed as seeding
-
-    statuses = seeding(
-        torrent, folder, ratio=ratio, seconds=None if minutes is None else 60 * minutes,
-        peers=_addresses(peer), private=private, upload_limit=_rate(upload_limit), port=port,
-        check=check,
-    )  # fmt: skip
-    shown, status = 0.0, None
-    try:
-        for status in statuses:
-            if time.monotonic() - shown >= _SHOW_SECONDS:
-                shown = time.monotonic()
-                say(f"{status.state}: {status.peers} peers, {_text(status.sent)} sent, "
-                    f"{_text(status.upload_rate)}/s")  # fmt: skip
-    except KeyboardInterrupt:
-        sent = "nothing" if status is None else _text(status.sent)
-        raise interrupted(ctx, f"{sent} given on") from None
-    say(f"{_text(status.sent if status else 0)} given on")
-
-
 def register(app: typer.Typer) -> None:
-    """Add the commands."""
+    """Add the command."""
     app.command(
         epilog=examples(
             "synthbrain pull ldm-100k --torrent LDM_100k.torrent --limit 1000 --dry-run",
@@ -249,18 +146,6 @@ def register(app: typer.Typer) -> None:
             "synthbrain pull LDM_100k.torrent --to /data",
         )
     )(pull)
-    app.command(
-        epilog=examples(
-            "synthbrain index LDM_100k.tar",
-            "synthbrain index https://host/LDM_100k.tar --manifest ldm-100k --out ldm.parquet",
-        )
-    )(index)
-    app.command(
-        epilog=examples(
-            "synthbrain seed LDM_100k.torrent --folder /data --ratio 2",
-            "synthbrain seed LDM_100k.torrent --folder /data --upload-limit 5MB --minutes 600",
-        )
-    )(seed)
 
 
 def _pull_rows(
@@ -331,6 +216,7 @@ def _cohorts() -> Path:
 def _pull_whole(
     ctx: typer.Context, torrent: str, to: Path | None, swarm: dict[str, Any], *, dry_run: bool
 ) -> None:
+    from synthbrain.plan import size_text
     from synthbrain.progress import measured
     from synthbrain.torrent.metainfo import Metainfo
     from synthbrain.torrent.whole import fetch_whole
@@ -339,7 +225,7 @@ def _pull_whole(
         raise UsageError("say where the files of the torrent go with --to DIR")
     meta = Metainfo.open(torrent)
     size = sum(file.size for file in meta.files)
-    say(f"{meta.name}: {len(meta.files):,} files, {_text(size)}, to {to}")
+    say(f"{meta.name}: {len(meta.files):,} files, {size_text(size)}, to {to}")
     if dry_run:
         return
     with measured("pulling", size) as show:
@@ -349,74 +235,3 @@ def _pull_whole(
             raise interrupted(ctx, f"what is here is kept in {to}") from None
     print(to / meta.name)
     hint("synthbrain", "seed", torrent, "--folder", str(to))
-
-
-def _walk(found: ArchiveIndex, source: Bytes, out: Path) -> None:
-    """Walk the headers, saving the index now and then."""
-    from synthbrain.archive import extend
-    from synthbrain.progress import measured
-    from synthbrain.sources.archive import direct
-
-    saved = time.monotonic()
-    try:
-        with measured("indexing", source.size) as show:
-            for _ in extend(found, direct(source), source.size):
-                if time.monotonic() - saved >= _SAVE_SECONDS:
-                    found.save(out)
-                    saved = time.monotonic()
-                show(found.walked, f"{len(found.members):,} files")
-    finally:
-        found.save(out)
-
-
-def _learn(found: ArchiveIndex, source: Bytes, name: str | None, archive: str) -> str | None:
-    """Read the rows of the manifest whose archive this is, and keep its index."""
-    from synthbrain.manifest import Manifest, shipped_manifests
-    from synthbrain.sources.archive import ArchiveVolumes
-    from synthbrain.sources.opening import index_path, learn_rows
-
-    if name is None:
-        headers = (Manifest.open(shipped).header for shipped in shipped_manifests())
-        fitting = (h.name for h in headers if h.archive is not None and h.archive.name == archive)
-        name = next(fitting, None)
-    if name is None:
-        return None
-    manifest = Manifest.open(name)
-    if manifest.header.archive is None:
-        raise UsageError(f"{name} has no archive; its header describes none")
-    volumes = ArchiveVolumes(
-        manifest.header.archive, source, found, index_path=index_path(manifest.name)
-    )
-    volumes.save_index()
-    if manifest.header.rows_digest is None:
-        manifest = learn_rows(manifest, volumes)
-        say(f"{manifest.name}: {len(manifest):,} rows read from {volumes.archive.participants}")
-    return manifest.name
-
-
-def _text(count: float) -> str:
-    from synthbrain.plan import size_text
-
-    return size_text(count)
-
-
-def _addresses(peers: list[str] | None) -> tuple[tuple[str, int], ...]:
-    def parsed() -> Iterator[tuple[str, int]]:
-        for text in peers or ():
-            host, _, port = text.rpartition(":")
-            if not host or not port.isdigit():
-                raise UsageError(f"--peer must be HOST:PORT, found {text!r}")
-            yield host.strip("[]"), int(port)
-
-    return tuple(parsed())
-
-
-def _rate(text: str | None) -> int:
-    return 0 if text is None else _size("a rate", text.removesuffix("/s"))
-
-
-def _size(what: str, text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
-    if match is None:
-        raise UsageError(f"{what} must be a size such as 500kB, 20MB or 3GB; found {text!r}")
-    return round(float(match[1]) * 1000 ** ("", "k", "M", "G", "T").index(match[2]))

@@ -37,7 +37,7 @@ _REQUEST = 2**19
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _BYTES_PER_SECOND = {"disk": 5e8, "network": 2e7}
 _HUB = re.compile(
-    r"hf://(?:datasets/)?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?"
+    r"hf://(?:datasets/)?(?P<repo>(?!datasets/)[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?"
 )
 
 
