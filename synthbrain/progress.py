@@ -127,15 +127,27 @@ def _progress(*amount: ProgressColumn) -> Progress:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class _Rate(ProgressColumn):
+        """Steps a second, or seconds a step."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            if not speed:
+                return Text("")
+            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        *(amount or (MofNCompleteColumn(),)),
+        *(amount or (MofNCompleteColumn(), _Rate())),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -97,6 +97,29 @@ def test_a_bad_web_seed_beside_an_honest_peer(
         assert web.ranges, "the web seed was not asked"
 
 
+def test_a_peer_that_lies_beside_an_honest_one(
+    small, small_torrent, bytes_of, small_seed, tmp_path
+):
+    data = bytearray(small.path.read_bytes())
+    data[::5000] = bytes(len(data[::5000]))
+    (tmp_path / "lies").mkdir()
+    (tmp_path / "lies" / small.path.name).write_bytes(data)
+    with peers.aria2_seed(tmp_path / "lies", small_torrent, host=peers.WEB_HOST) as liar:
+        source = bytes_of(small_torrent, peers=[liar.address, small_seed])
+        assert len(small.check(source.read(small.members))) == len(small.members)
+
+
+def test_a_peer_that_lies_alone_is_one_error(small, small_torrent, bytes_of, tmp_path):
+    data = bytes(byte ^ 1 for byte in small.path.read_bytes())
+    (tmp_path / "lies").mkdir()
+    (tmp_path / "lies" / small.path.name).write_bytes(data)
+    with peers.aria2_seed(tmp_path / "lies", small_torrent) as liar:
+        source = bytes_of(small_torrent, peers=[liar.address], timeout=5)
+        with pytest.raises(SourceError, match="nothing came") as told:
+            list(source.read(small.members[:5]))
+    assert "\n" not in str(told.value)
+
+
 def test_a_web_seed_alone_is_enough(small, small_torrent, bytes_of):
     with peers.web_seed(small.path.read_bytes(), "brains.tar") as web:
         source = bytes_of(small_torrent, web_seeds=[web.url])
