@@ -190,7 +190,7 @@ PLAN = r"""
 import json, re, sys, time
 from pathlib import Path
 from released import MEMBER, header, table
-from synthbrain.archive import ArchiveIndex
+from synthbrain.sources.tar import ArchiveIndex
 from synthbrain.manifest import Manifest
 from synthbrain.participants import read_participants
 from synthbrain.pull import Pull

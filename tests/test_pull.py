@@ -12,13 +12,13 @@ from released import SHAPE, release
 from servers import Nginx, ObjectStore
 
 from synthbrain import SynthBrainDataset
-from synthbrain.archive import ArchiveIndex
 from synthbrain.errors import ManifestError, MissingVolumeError, StoreFullError
 from synthbrain.header import ArchiveSource, Geometry
 from synthbrain.manifest import Manifest
 from synthbrain.pull import Pull
 from synthbrain.resolver import Resolver
 from synthbrain.sources.opening import SourceOptions, index_path
+from synthbrain.sources.tar import ArchiveIndex
 from synthbrain.testing import TinyGenerator, tiny_manifest
 
 LARGE = Geometry(shape=(96, 96, 96), chunks=(48, 48, 48))
@@ -335,7 +335,7 @@ def test_planning_a_hundred_thousand_rows_is_quick_and_small(home, tmp_path, pyt
         from pathlib import Path
         import numpy as np
         from released import header
-        from synthbrain.archive import ArchiveIndex
+        from synthbrain.sources.tar import ArchiveIndex
         from synthbrain.manifest import Manifest
         from synthbrain.participants import read_participants
         from synthbrain.pull import Pull

@@ -14,8 +14,8 @@ from synthbrain.cli.swarm import Peers, Private, UploadLimit, addresses, rate
 from synthbrain.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
-    from synthbrain.archive import ArchiveIndex
     from synthbrain.sources.extents import Bytes
+    from synthbrain.sources.tar import ArchiveIndex
 
 _SAVE_SECONDS = 5.0
 _SHOW_SECONDS = 10.0
@@ -47,7 +47,7 @@ def index(
     The index is small and may be shared: with it `pull --index` fetches exactly the volumes asked
     for. Safe to interrupt and to run again.
     """
-    from synthbrain.archive import ArchiveIndex
+    from synthbrain.sources.tar import ArchiveIndex
     from synthbrain.sources.url import open_bytes
 
     source = open_bytes(archive)
@@ -126,9 +126,9 @@ def register(app: typer.Typer) -> None:
 
 def _walk(found: ArchiveIndex, source: Bytes, out: Path) -> None:
     """Walk the headers, saving the index now and then."""
-    from synthbrain.archive import extend
     from synthbrain.progress import measured
     from synthbrain.sources.archive import direct
+    from synthbrain.sources.tar import extend
 
     saved = time.monotonic()
     try:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthbrain.archive import BLOCK, ArchiveIndex, Member, extend, scan, walk
 from synthbrain.errors import SourceError
 from synthbrain.nifti import decode_nifti
 from synthbrain.sources.base import Cost
 from synthbrain.sources.extents import Bytes, Extent
+from synthbrain.sources.tar import BLOCK, ArchiveIndex, Member, extend, scan, walk
 from synthbrain.store import publish
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthbrain.archive import ArchiveIndex
 from synthbrain.errors import SourceError
 from synthbrain.header import ArchiveSource, Licence, PacksSource, TorrentSource
 from synthbrain.home import home
@@ -20,6 +19,7 @@ from synthbrain.sources.archive import ArchiveVolumes
 from synthbrain.sources.extents import Bytes, Extent
 from synthbrain.sources.folder import FolderSource
 from synthbrain.sources.packs import PackVolumes
+from synthbrain.sources.tar import ArchiveIndex
 from synthbrain.sources.url import FileBytes, open_bytes
 
 if TYPE_CHECKING:

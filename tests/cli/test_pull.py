@@ -9,9 +9,9 @@ import pytest
 from released import release
 from servers import Nginx
 
-from synthbrain.archive import ArchiveIndex
 from synthbrain.manifest import Manifest
 from synthbrain.resolver import Resolver
+from synthbrain.sources.tar import ArchiveIndex
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from released import MEMBER, SHAPE, TABLE, nifti, release
 
-from synthbrain.archive import ArchiveIndex
 from synthbrain.errors import SourceError
 from synthbrain.sources.archive import ArchiveVolumes
 from synthbrain.sources.base import Cost
 from synthbrain.sources.extents import Extent
+from synthbrain.sources.tar import ArchiveIndex
 from synthbrain.sources.url import FileBytes
 from synthbrain.testing import check_source
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthbrain.archive import BLOCK, ArchiveIndex, Member, extend, scan, walk
 from synthbrain.errors import SourceError
 from synthbrain.sources.extents import Extent
+from synthbrain.sources.tar import BLOCK, ArchiveIndex, Member, extend, scan, walk
 
 names = st.text("abcdefghij/é_-.0123456789", min_size=1, max_size=180).filter(
     lambda name: not name.startswith("/") and "//" not in name and not name.endswith("/")
