@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class WeightsError(ValueError):
     """Weights that are not there, cannot be fetched, or are not what they should be."""
+
+
+class TrainingError(ValueError):
+    """A training run that cannot start, go on, or be read."""

@@ -1,0 +1,1 @@
+"""Training the systems of the papers, and models of one's own."""

@@ -1,0 +1,284 @@
+"""The loop all trainers share: batches, gradients, averages, checkpoints, log.
+
+What is trained is a :class:`Task`. A run is a folder: ``settings.json``, ``log.jsonl`` and the
+last checkpoints; running it again goes on, bit for bit on a CPU, at any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from generation.errors import TrainingError
+from generation.train import checkpoints
+from generation.train.settings import Settings
+from generation.train.world import World, draws, row_of
+
+Sample = Mapping[str, Tensor]
+
+
+class Data(Protocol):
+    """What is trained on: samples by number, each a dict of tensors."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """One of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples a process takes through the network at once.
+
+    Parameters
+    ----------
+    samples
+        Stacked tensors by name, on the device.
+    draws
+        For each sample, what is random about it.
+    """
+
+    samples: Sample
+    draws: Sequence[torch.Generator]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal values for each sample, ``(n, *shape)``, on the device."""
+        values = torch.stack([torch.randn(tuple(shape), generator=draw) for draw in self.draws])
+        return values.to(self._device)
+
+    def uniform(self) -> Tensor:
+        """A number in [0, 1) for each sample, ``(n,)`` float64, on the device."""
+        values = [torch.rand((), generator=draw, dtype=torch.float64) for draw in self.draws]
+        return torch.stack(values).to(self._device, torch.float64)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.samples.values())).device
+
+
+class Task(Protocol):
+    """What is trained, and how its losses come about."""
+
+    modules: dict[str, nn.Module]
+    """Networks to train, by player: each has an optimiser of its own and moves in this order."""
+
+    def loss(self, player: str, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch for a player, and what to log."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What else a checkpoint must hold: tensors, numbers and text."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        ...
+
+
+@dataclass(eq=False)
+class Run:
+    """A training run.
+
+    Parameters
+    ----------
+    task
+        What is trained; its modules are moved to the world's device.
+    data
+        What on.
+    settings
+        How.
+    folder
+        Where the run is kept; one that holds a run of the same settings is gone on with.
+    world
+        The processes that share it.
+
+    Raises
+    ------
+    TrainingError
+        The folder holds a run of other settings.
+    """
+
+    task: Task
+    data: Data
+    settings: Settings
+    folder: Path
+    world: World = field(default_factory=World)
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.data) == 0:
+            raise TrainingError("there is nothing to train on")
+        self.world.places(self.settings.batch)
+        for module in self.task.modules.values():
+            module.to(self.world.device).train().requires_grad_(True)
+        self._optimisers = {
+            player: torch.optim.AdamW(
+                module.parameters(),
+                lr=self.settings.learning_rate,
+                betas=self.settings.betas,
+                weight_decay=self.settings.weight_decay,
+            )
+            for player, module in self.task.modules.items()
+        }
+        self.averages = {
+            player: {name: value.detach().clone() for name, value in module.state_dict().items()}
+            for player, module in self.task.modules.items()
+            if self.settings.average
+        }
+        self._claim()
+        self._resume()
+
+    def advance(self, until: int | None = None) -> Iterator[dict[str, float]]:
+        """Train up to a step, the last one by default; yields what is logged, when it is.
+
+        Raises
+        ------
+        TrainingError
+            The loss is not finite any more, or a checkpoint cannot be written.
+        """
+        end = self.settings.steps if until is None else min(until, self.settings.steps)
+        began, first = time.perf_counter(), self.step
+        while self.step < end:
+            losses = self._take_step()
+            self.step += 1
+            if self.step % self.settings.log_every == 0 or self.step == end:
+                rate = (self.step - first) / (time.perf_counter() - began)
+                yield self._log(losses, rate)
+            if self._due(self.settings.keep_every) or self.step == self.settings.steps:
+                self.keep()
+
+    def keep(self) -> None:
+        """Write a checkpoint."""
+        if self.world.rank == 0:
+            checkpoints.write(self.folder, self.step, self._state(), keep=self.settings.keep)
+        self.world.barrier()
+
+    def weights(self, player: str) -> dict[str, Tensor]:
+        """A network's weights as they are to be used: averaged, where an average is kept."""
+        if player in self.averages:
+            return self.averages[player]
+        return self.task.modules[player].state_dict()
+
+    def _take_step(self) -> dict[str, Tensor]:
+        told: dict[str, Tensor] = {}
+        batches = self._batches()
+        for player, module in self.task.modules.items():
+            optimiser = self._optimisers[player]
+            optimiser.zero_grad(set_to_none=True)
+            for batch in batches:
+                with self._precision():
+                    loss, parts = self.task.loss(player, batch, self.step)
+                (loss / len(batches)).backward()
+                for name, value in {player: loss, **parts}.items():
+                    told[name] = told.get(name, 0) + value.detach().float() / len(batches)
+            self.world.average_gradients(module)
+            norm = nn.utils.clip_grad_norm_(module.parameters(), self.settings.clip)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient of {player} is not finite at step {self.step}; go on from the "
+                    "last checkpoint with a lower learning_rate"
+                )
+            optimiser.param_groups[0]["lr"] = self._rate()
+            optimiser.step()
+            self._average(player)
+        return told
+
+    def _batches(self) -> list[Batch]:
+        """This process's share of the step's global batch, in as many parts as asked for."""
+        settings, places = self.settings, self.world.places(self.settings.batch)
+        size = -(-len(places) // settings.accumulate)
+        return [self._batch(places[start : start + size]) for start in range(0, len(places), size)]
+
+    def _batch(self, places: Sequence[int]) -> Batch:
+        settings, count = self.settings, len(self.data)
+        rows = [row_of(settings.seed, self.step, p, settings.batch, count) for p in places]
+        samples = [self.data[row] for row in rows]
+        stacked = {
+            name: torch.stack([sample[name] for sample in samples]).to(self.world.device)
+            for name in samples[0]
+        }
+        return Batch(stacked, [draws(settings.seed, self.step, place) for place in places])
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        enabled = self.settings.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def _rate(self) -> float:
+        done = min(1.0, (self.step + 1) / max(1, self.settings.warm_up))
+        return self.settings.learning_rate * done
+
+    @torch.no_grad()
+    def _average(self, player: str) -> None:
+        if player not in self.averages:
+            return
+        share = 1 - min(self.settings.average, (1 + self.step) / (10 + self.step))
+        for name, value in self.task.modules[player].state_dict().items():
+            kept = self.averages[player][name]
+            if value.is_floating_point():
+                kept.lerp_(value, share)
+            else:
+                kept.copy_(value)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _log(self, losses: dict[str, Tensor], rate: float) -> dict[str, float]:
+        names = sorted(losses)
+        values = self.world.mean(torch.stack([losses[name].reshape(()) for name in names]))
+        line = dict(zip(names, values.tolist(), strict=True))
+        line |= {"step": self.step, "samples_per_second": rate * self.settings.batch}
+        if self.world.device.type == "cuda":
+            line["peak_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
+        if self.world.rank == 0:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+    def _claim(self) -> None:
+        """Keep the settings in the folder, or find the same ones there."""
+        path, text = self.folder / "settings.json", self.settings.text()
+        if path.exists() and path.read_text() != text:
+            raise TrainingError(
+                f"{self.folder} holds a run of other settings; choose another folder, or change "
+                f"them back (they are in {path})"
+            )
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def _resume(self) -> None:
+        there = checkpoints.steps(self.folder)
+        if not there:
+            return
+        state = checkpoints.read(self.folder / f"step-{there[-1]:09d}.pt")
+        for player, module in self.task.modules.items():
+            module.load_state_dict(state["modules"][player])
+            self._optimisers[player].load_state_dict(state["optimisers"][player])
+        for player, average in self.averages.items():
+            for name, value in state["averages"][player].items():
+                average[name].copy_(value)
+        self.task.restore(state["task"])
+        torch.set_rng_state(state["random"])
+        self.step = int(state["step"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "settings": self.settings.text(),
+            "modules": {name: m.state_dict() for name, m in self.task.modules.items()},
+            "optimisers": {name: o.state_dict() for name, o in self._optimisers.items()},
+            "averages": self.averages,
+            "task": self.task.state(),
+            "random": torch.get_rng_state(),
+        }
