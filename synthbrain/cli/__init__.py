@@ -16,6 +16,7 @@ from synthbrain.cli import (
     generate,
     info,
     manifests,
+    prepare,
     publish,
     pull,
     volumes,
@@ -72,6 +73,7 @@ info.register(app)
 manifests.register(app)
 volumes.register(app)
 pull.register(app)
+prepare.register(app)
 archives.register(app)
 publish.register(app)
 generate.register(app)

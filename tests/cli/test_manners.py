@@ -14,7 +14,7 @@ from synthbrain.testing import TinyGenerator
 
 COMMANDS = (
     "demo", "info", "select", "draw", "fill", "verify", "export", "generate", "pull", "index",
-    "seed", "pack", "torrent", "publish", "cite",
+    "seed", "pack", "prepare", "torrent", "publish", "cite",
 )  # fmt: skip
 
 SLOW_TINY = """
