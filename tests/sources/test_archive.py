@@ -220,7 +220,7 @@ def test_hostile_members_write_nothing_outside(tmp_path):
     with tarfile.open(released.tar, "a") as tar:
         for name, type in (
             ("../../evil.nii.gz", tarfile.REGTYPE),
-            ("/tmp/evil.nii.gz", tarfile.REGTYPE),
+            (str(tmp_path / "evil.nii.gz"), tarfile.REGTYPE),
             (MEMBER.format(id="../../evil"), tarfile.REGTYPE),
             (MEMBER.format(id="sub-700000"), tarfile.SYMTYPE),
             (MEMBER.format(id="sub-700001"), tarfile.LNKTYPE),
