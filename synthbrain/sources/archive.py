@@ -84,6 +84,7 @@ class ArchiveVolumes:
         self.index_path, self.originals, self.any_affine = index_path, originals, any_affine
         self.search, self.unwanted = search, unwanted
         self.name = bytes.name
+        self._kept: tuple[int, int, bool] | None = None
         first, *rest = map(re.escape, archive.member.split("{id}"))
         self._volume = re.compile(f"{first}(?P<id>[A-Za-z0-9_-]+)" + "(?P=id)".join(rest))
 
@@ -148,9 +149,11 @@ class ArchiveVolumes:
         return data
 
     def save_index(self) -> None:
-        """Keep what is known of the archive."""
-        if self.index_path is not None and self.index.members:
+        """Keep what is known of the archive, if that is more than was kept."""
+        known = (len(self.index.members), self.index.walked, self.index.complete)
+        if self.index_path is not None and self.index.members and known != self._kept:
             self.index.save(self.index_path)
+            self._kept = known
 
     @property
     def _may_search(self) -> bool:

@@ -207,11 +207,6 @@ class HttpBytes:
         """Yield extents as their requests are answered."""
         yield from _parallel(self._requests(extents), lambda request: self._get(request)[0])
 
-    def tail(self, size: int) -> tuple[Extent, bytes]:
-        """The last ``size`` bytes, or all there are, and where they lie."""
-        extent = Extent(max(0, self.size - size), min(size, self.size))
-        return extent, self._get(extent)[0]
-
     def spare(self) -> list[Extent]:
         """Nothing is kept beyond what is asked for."""
         return []

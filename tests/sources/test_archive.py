@@ -172,6 +172,15 @@ def test_the_index_is_kept(released, ids, tmp_path):
     assert set(ArchiveIndex.load(path).members) >= {source.path(id) for id in ids}
 
 
+def test_an_index_that_did_not_grow_is_not_written_again(released, ids, tmp_path):
+    path = tmp_path / "index.parquet"
+    source = archive(released, index=indexed(released), index_path=path)
+    dict(source.fetch(ids[:1], SHAPE))
+    path.unlink()
+    dict(source.fetch(ids[1:2], SHAPE))
+    assert not path.exists()
+
+
 def test_originals_are_kept_on_request(released, ids, tmp_path):
     source = archive(released, index=indexed(released), originals=tmp_path)
     dict(source.fetch(ids[:2], SHAPE))
