@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -98,22 +99,31 @@ def exponential(
 def spread(knots: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """A cubic B-spline field through a box: knots ``(n, c, i, j, k)`` to ``(n, c, *shape)``.
 
-    White unit knots give a field with a standard deviation of about 0.35.
+    White unit knots give a field with a standard deviation of about 0.35. Weighted sums of four
+    knots, not matrix products: those differ in the last bit with the number of threads.
     """
-    for axis, n in enumerate(shape, start=2):
-        basis = _basis(n, knots.shape[axis], knots.device)
-        knots = torch.movedim(torch.movedim(knots, axis, -1) @ basis.T, -1, axis)
-    return knots.contiguous()
+    for axis, n in reversed(list(enumerate(shape, start=2))):
+        knots = _through(knots, n, axis)
+    return knots
 
 
-def _basis(n: int, knots: int, device: torch.device) -> Tensor:
-    """Weights of the knots at ``n`` evenly spaced points, ``(n, knots)``."""
+def _through(knots: Tensor, n: int, axis: int) -> Tensor:
+    """The spline at ``n`` evenly spaced points of one axis."""
+    first, weights = _basis(n, knots.shape[axis])
+    aligned = [-1 if dim == axis else 1 for dim in range(knots.dim())]
+    parts = (
+        knots.index_select(axis, (first + offset).to(knots.device)).mul_(
+            weight.to(knots).view(aligned)
+        )
+        for offset, weight in enumerate(weights.unbind(1))
+    )
+    return reduce(Tensor.add_, parts)
+
+
+def _basis(n: int, knots: int) -> tuple[Tensor, Tensor]:
+    """First of the four knots that bear on each of ``n`` points, ``(n,)``; weights, ``(n, 4)``."""
     at = torch.linspace(0, knots - 3, n, dtype=torch.float64)
     first = at.floor().clamp(max=knots - 4)
     u = at - first
-    weights = torch.stack(
-        [(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3], dim=1
-    )
-    basis = torch.zeros((n, knots), dtype=torch.float64)
-    basis.scatter_(1, first.long()[:, None] + torch.arange(4), weights / 6)
-    return basis.float().to(device)
+    weights = [(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3]
+    return first.long(), torch.stack(weights, dim=1) / 6
