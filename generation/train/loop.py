@@ -9,20 +9,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from generation.errors import TrainingError
 from generation.train import checkpoints
 from generation.train.settings import Settings
-from generation.train.world import World, draws, row_of
+from generation.train.sheets import draw_sheet
+from generation.train.world import World, checks, draws, row_of
+
+_VALIDATED, _SHOWN = 16, 3
 
 Sample = Mapping[str, Tensor]
+
+IMAGE, MEAN, SPREAD, CONDITION = "image", "mean", "sigma", "condition"
+"""Names of what samples hold: a volume ``(1, x, y, z)`` in [0, 1], or the mean and standard
+deviation of its latent ``(c, x, y, z)``; and the covariates ``(4,)``."""
 
 
 class Data(Protocol):
@@ -67,14 +75,33 @@ class Batch:
         return next(iter(self.samples.values())).device
 
 
+class Picture(NamedTuple):
+    """A volume to look at, ``(x, y, z)`` in [0, 1], and what it is."""
+
+    caption: str
+    volume: Tensor
+
+
 class Task(Protocol):
     """What is trained, and how its losses come about."""
 
     modules: dict[str, nn.Module]
-    """Networks to train, by player: each has an optimiser of its own and moves in this order."""
+    """Networks to train, by player: each has an optimiser of its own."""
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The players that move at a step, in this order."""
+        ...
 
     def loss(self, player: str, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch for a player, and what to log."""
+        ...
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """How good the networks are on samples that are not trained on, by name."""
+        ...
+
+    def show(self, batch: Batch) -> Sequence[Picture]:
+        """What the networks make, of samples that are not trained on or of noise alone."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -102,6 +129,10 @@ class Run:
         Where the run is kept; one that holds a run of the same settings is gone on with.
     world
         The processes that share it.
+    held_out
+        Samples to validate on and to show; some of ``data`` without.
+    workers
+        Processes that read samples ahead.
 
     Raises
     ------
@@ -114,11 +145,19 @@ class Run:
     settings: Settings
     folder: Path
     world: World = field(default_factory=World)
+    held_out: Data | None = None
+    workers: int = 0
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if len(self.data) == 0:
             raise TrainingError("there is nothing to train on")
+        unknown = set(self.settings.rates) - set(self.task.modules)
+        if unknown:
+            raise TrainingError(
+                f"rates names {', '.join(sorted(unknown))}; the networks trained are "
+                f"{', '.join(self.task.modules)}"
+            )
         self.world.places(self.settings.batch)
         for module in self.task.modules.values():
             module.to(self.world.device).train().requires_grad_(True)
@@ -149,13 +188,18 @@ class Run:
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
         began, first = time.perf_counter(), self.step
-        while self.step < end:
-            losses = self._take_step()
+        for feed in self._feeds(end):
+            losses = self._take_step(feed)
             self.step += 1
-            if self.step % self.settings.log_every == 0 or self.step == end:
+            last = self.step == self.settings.steps
+            if self._due(self.settings.log_every) or self.step == end:
                 rate = (self.step - first) / (time.perf_counter() - began)
-                yield self._log(losses, rate)
-            if self._due(self.settings.keep_every) or self.step == self.settings.steps:
+                yield self._log(losses | {"samples_per_second": rate * self.settings.batch})
+            if self._due(self.settings.validate_every, last):
+                yield self._log(self.validate())
+            if self._due(self.settings.sheet_every, last):
+                self.show()
+            if last or self._due(self.settings.keep_every):
                 self.keep()
 
     def keep(self) -> None:
@@ -170,11 +214,39 @@ class Run:
             return self.averages[player]
         return self.task.modules[player].state_dict()
 
-    def _take_step(self) -> dict[str, Tensor]:
+    def validate(self) -> dict[str, float]:
+        """How good the averaged networks are; the same draws every time."""
+        batches = [self._held_out(place) for place in self._places(_VALIDATED)]
+        found: dict[str, float] = {}
+        with self._averaged():
+            for batch in batches:
+                with self._precision():
+                    values = self.task.validate(batch)
+                for name, value in values.items():
+                    found[name] = found.get(name, 0.0) + float(value) / len(batches)
+        return {f"validation/{name}": value for name, value in found.items()}
+
+    def show(self) -> Path:
+        """Draw what the averaged networks make as ``sheets/step-….png``."""
+        path = self.folder / "sheets" / f"step-{self.step:09d}.png"
+        if self.world.rank == 0:
+            with self._averaged(), self._precision():
+                shown = [
+                    p
+                    for place in self._places(_SHOWN)
+                    for p in self.task.show(self._held_out(place))
+                ]
+            draw_sheet(shown, path, f"step {self.step:,}")
+        self.world.barrier()
+        return path
+
+    def _take_step(self, feed: list[Sample]) -> dict[str, float]:
         told: dict[str, Tensor] = {}
-        batches = self._batches()
-        for player, module in self.task.modules.items():
-            optimiser = self._optimisers[player]
+        batches = self._batches(feed)
+        for player in self.task.turns(self.step):
+            for name, module in self.task.modules.items():
+                module.requires_grad_(name == player)
+            module, optimiser = self.task.modules[player], self._optimisers[player]
             optimiser.zero_grad(set_to_none=True)
             for batch in batches:
                 with self._precision():
@@ -189,34 +261,86 @@ class Run:
                     f"the gradient of {player} is not finite at step {self.step}; go on from the "
                     "last checkpoint with a lower learning_rate"
                 )
-            optimiser.param_groups[0]["lr"] = self._rate()
+            optimiser.param_groups[0]["lr"] = self._rate(player)
             optimiser.step()
             self._average(player)
-        return told
+        names = sorted(told)
+        values = self.world.mean(torch.stack([told[name].reshape(()) for name in names]))
+        return dict(zip(names, values.tolist(), strict=True))
 
-    def _batches(self) -> list[Batch]:
+    def _feeds(self, end: int) -> Iterator[list[Sample]]:
+        """This process's samples of each step that is left, read ahead by the workers."""
+        settings, places = self.settings, self.world.places(self.settings.batch)
+        rows = [
+            [row_of(settings.seed, step, place, settings.batch, len(self.data)) for place in places]
+            for step in range(self.step, end)
+        ]
+        return iter(
+            DataLoader(
+                cast("Dataset[Sample]", self.data),
+                batch_sampler=rows,
+                num_workers=self.workers,
+                collate_fn=list,
+            )
+        )
+
+    def _batches(self, feed: list[Sample]) -> list[Batch]:
         """This process's share of the step's global batch, in as many parts as asked for."""
         settings, places = self.settings, self.world.places(self.settings.batch)
         size = -(-len(places) // settings.accumulate)
-        return [self._batch(places[start : start + size]) for start in range(0, len(places), size)]
+        return [
+            self._batch(
+                feed[start : start + size],
+                [draws(settings.seed, self.step, place) for place in places[start : start + size]],
+            )
+            for start in range(0, len(places), size)
+        ]
 
-    def _batch(self, places: Sequence[int]) -> Batch:
-        settings, count = self.settings, len(self.data)
-        rows = [row_of(settings.seed, self.step, p, settings.batch, count) for p in places]
-        samples = [self.data[row] for row in rows]
+    def _batch(self, samples: Sequence[Sample], randomness: Sequence[torch.Generator]) -> Batch:
         stacked = {
             name: torch.stack([sample[name] for sample in samples]).to(self.world.device)
             for name in samples[0]
         }
-        return Batch(stacked, [draws(settings.seed, self.step, place) for place in places])
+        return Batch(stacked, randomness)
+
+    def _places(self, most: int) -> range:
+        return range(min(most, len(self.held_out or self.data)))
+
+    def _held_out(self, place: int) -> Batch:
+        data = self.held_out or self.data
+        return self._batch([data[place]], [checks(self.settings.seed, place)])
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Networks as they are to be used, in evaluation mode and without gradients."""
+        modules = self.task.modules
+        kept = {
+            player: {name: value.clone() for name, value in modules[player].state_dict().items()}
+            for player in self.averages
+        }
+        try:
+            for player, module in modules.items():
+                module.eval()
+                if player in kept:
+                    module.load_state_dict(self.averages[player])
+            with torch.no_grad():
+                yield
+        finally:
+            for player, module in modules.items():
+                module.train()
+                if player in kept:
+                    module.load_state_dict(kept[player])
 
     def _precision(self) -> AbstractContextManager[Any]:
         enabled = self.settings.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
-    def _rate(self) -> float:
-        done = min(1.0, (self.step + 1) / max(1, self.settings.warm_up))
-        return self.settings.learning_rate * done
+    def _rate(self, player: str) -> float:
+        settings = self.settings
+        rate = settings.rates.get(player, settings.learning_rate)
+        if settings.half_life:
+            rate *= 0.5 ** (self.step / settings.half_life)
+        return rate * min(1.0, (self.step + 1) / max(1, settings.warm_up))
 
     @torch.no_grad()
     def _average(self, player: str) -> None:
@@ -230,14 +354,11 @@ class Run:
             else:
                 kept.copy_(value)
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    def _due(self, every: int, last: bool = False) -> bool:
+        return every > 0 and (last or self.step % every == 0)
 
-    def _log(self, losses: dict[str, Tensor], rate: float) -> dict[str, float]:
-        names = sorted(losses)
-        values = self.world.mean(torch.stack([losses[name].reshape(()) for name in names]))
-        line = dict(zip(names, values.tolist(), strict=True))
-        line |= {"step": self.step, "samples_per_second": rate * self.settings.batch}
+    def _log(self, values: dict[str, float]) -> dict[str, float]:
+        line = {**values, "step": self.step}
         if self.world.device.type == "cuda":
             line["peak_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
         if self.world.rank == 0:

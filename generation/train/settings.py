@@ -14,38 +14,65 @@ from generation.errors import TrainingError
 from generation.presets import Preset
 
 Positive = Annotated[float, Field(gt=0)]
+Natural = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 
 
-class Settings(BaseModel):
-    """Settings of a training run.
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Augmentation(_Strict):
+    """What is done to a volume at random before it is learned from.
+
+    Parameters
+    ----------
+    flip
+        Share of volumes mirrored left to right.
+    affine
+        Share of volumes moved.
+    degrees, voxels, scale
+        How far at most: rotation about and shift along each axis, relative change of size.
+    gamma
+        Intensities are raised to a power between one less this and one more.
+    """
+
+    flip: Share = 0.0
+    affine: Share = 0.0
+    degrees: Natural = 0.0
+    voxels: Natural = 0.0
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Settings(_Strict):
+    """What all training runs have.
 
     Parameters
     ----------
     kind
-        What is trained.
-    system
-        The architecture, and for diffusion its schedule, target and shapes.
+        What is trained; decides which settings there are besides.
     source
         Where the recipe comes from.
     steps, batch, accumulate
         Optimiser steps; samples of a step over all processes; parts a process takes its share in.
     learning_rate, weight_decay, betas
         Of AdamW (Loshchilov & Hutter 2019); Adam where the decay is 0.
+    rates
+        Learning rates of single networks, where they differ.
     warm_up
-        Steps over which the rate rises from 0.
+        Steps over which the rates rise from 0.
+    half_life
+        Steps in which the rates halve; 0 to keep them.
     clip
         Largest norm of the gradient.
     average
         Decay of the exponential moving average of the weights; 0 for none.
     precision
         Of the forward pass: parameters and optimiser stay float32.
-    drop_conditions
-        Share of samples trained without their covariates, for guidance.
-    objective
-        ``"mse"`` or ``"l1"`` between prediction and target.
-    latent_scale
-        What latents are multiplied by; ``"measured"`` for one over their standard deviation.
+    augment
+        What is done to volumes at random.
     keep_every, keep, log_every, sheet_every, validate_every
         Steps between checkpoints, how many to keep, and steps between log lines, sample sheets and
         validations; 0 for never.
@@ -53,34 +80,98 @@ class Settings(BaseModel):
         Of everything random.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["diffusion", "pixel"]
+    kind: str
     system: Preset
     source: str = ""
     steps: Count
     batch: Count = 1
     accumulate: Count = 1
     learning_rate: Positive
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    rates: dict[str, Positive] = {}
+    weight_decay: Natural = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warm_up: Annotated[int, Field(ge=0)] = 0
+    half_life: Natural = 0.0
     clip: Positive = 1.0
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    drop_conditions: Annotated[float, Field(ge=0, le=1)] = 0.0
-    objective: Literal["mse", "l1"] = "mse"
-    latent_scale: float | Literal["measured"] = 1.0
+    augment: Augmentation = Augmentation()
     keep_every: Annotated[int, Field(ge=0)] = 1000
     keep: Count = 3
     log_every: Count = 50
-    sheet_every: Annotated[int, Field(ge=0)] = 0
-    validate_every: Annotated[int, Field(ge=0)] = 0
+    sheet_every: Annotated[int, Field(ge=0)] = 1000
+    validate_every: Annotated[int, Field(ge=0)] = 1000
     seed: Annotated[int, Field(ge=0)] = 0
 
     def text(self) -> str:
         """Themselves as JSON."""
         return self.model_dump_json(indent=2)
+
+
+class DiffusionSettings(Settings):
+    """Settings of a denoiser, of latents or of volumes.
+
+    Parameters
+    ----------
+    system
+        The architecture, its schedule, target and shapes.
+    drop_conditions
+        Share of samples trained without their covariates, for guidance.
+    objective
+        ``"mse"`` or ``"l1"`` between prediction and target.
+    latent_scale
+        What latents are multiplied by; ``"measured"`` for one over their standard deviation.
+    """
+
+    kind: Literal["diffusion", "pixel"]
+    drop_conditions: Share = 0.0
+    objective: Literal["mse", "l1"] = "mse"
+    latent_scale: float | Literal["measured"] = 1.0
+
+
+class AutoencoderSettings(Settings):
+    """Settings of the autoencoder of a latent system.
+
+    Parameters
+    ----------
+    system
+        The architecture.
+    kl
+        Weight of the divergence of latents from a standard normal distribution, summed over a
+        latent's values.
+    perceptual, perceptual_network
+        Weight of the perceptual loss, and what computes it: ``"squeeze"`` is LPIPS with a
+        downloaded SqueezeNet on random slices, ``"pyramid"`` needs no weights.
+    adversarial, adversarial_from, adversarial_over
+        Weight of the patch discriminator's verdict, the step its training starts, and the steps
+        over which the weight rises from 0.
+    discriminator
+        Arguments of MONAI's ``PatchDiscriminator``.
+    crop
+        Train on boxes of this many voxels, each a multiple of the reduction; whole volumes
+        without.
+    """
+
+    kind: Literal["autoencoder"]
+    kl: Natural = 1e-7
+    perceptual: Natural = 0.0
+    perceptual_network: Literal["squeeze", "pyramid"] = "squeeze"
+    adversarial: Natural = 0.0
+    adversarial_from: Annotated[int, Field(ge=0)] = 0
+    adversarial_over: Annotated[int, Field(ge=0)] = 0
+    discriminator: dict[str, Any] = {"channels": 32, "num_layers_d": 3}
+    crop: tuple[Count, Count, Count] | None = None
+
+
+KINDS: dict[str, type[Settings]] = {
+    "autoencoder": AutoencoderSettings,
+    "diffusion": DiffusionSettings,
+    "pixel": DiffusionSettings,
+}
+"""Settings by what is trained."""
+
+_OPEN = (["rates"], ["discriminator"])
+"""Groups that take keys they do not have yet."""
 
 
 def recipe(name: str, changes: Iterable[str] = ()) -> Settings:
@@ -111,11 +202,18 @@ def recipe(name: str, changes: Iterable[str] = ()) -> Settings:
 
 def settings(fields: Mapping[str, Any], changes: Iterable[str] = ()) -> Settings:
     """Settings from their fields; see :func:`recipe`."""
-    filled = json.loads(json.dumps(fields))
+    kind = fields.get("kind")
+    if kind not in KINDS:
+        raise TrainingError(f"kind must be one of {', '.join(KINDS)}; found {kind!r}")
+    filled = _checked(kind, fields).model_dump(mode="json")
     for change in changes:
         _change(filled, change)
+    return _checked(kind, filled)
+
+
+def _checked(kind: str, fields: Mapping[str, Any]) -> Settings:
     try:
-        return Settings.model_validate(filled)
+        return KINDS[kind].model_validate(fields)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
@@ -129,14 +227,12 @@ def _change(fields: dict[str, Any], change: str) -> None:
     if not found:
         raise TrainingError(f"{change!r} changes no setting; write key=value")
     *path, last = key.strip().split(".")
-    known: Iterable[str] = Settings.model_fields
     for name in path:
         if not isinstance(fields.get(name), dict):
-            raise TrainingError(f"no settings {name!r}{_near(name, known)} to change {key} in")
+            raise TrainingError(f"no settings {name!r}{_near(name, fields)} to change {key} in")
         fields = fields[name]
-        known = [*fields, *(Preset.model_fields if name == "system" else ())]
-    if last not in known:
-        raise TrainingError(f"no setting {key!r}{_near(last, known)}")
+    if last not in fields and path not in _OPEN:
+        raise TrainingError(f"no setting {key!r}{_near(last, fields)}")
     try:
         fields[last] = json.loads(text)
     except json.JSONDecodeError:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_NOISE, _ORDER = 1, 2
+_NOISE, _ORDER, _CHECKS = 1, 2, 3
 _BUCKET = 64 << 20
 
 
@@ -103,8 +103,17 @@ def draws(seed: int, step: int, place: int) -> torch.Generator:
     step, place
         Training step, and place in its global batch.
     """
-    words = np.random.SeedSequence((_NOISE, seed, step, place)).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+    return _generator(_NOISE, seed, step, place)
+
+
+def checks(seed: int, place: int) -> torch.Generator:
+    """What is random about one sample of every validation."""
+    return _generator(_CHECKS, seed, place)
+
+
+def _generator(*words: int) -> torch.Generator:
+    high, low = np.random.SeedSequence(words).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(high) << 31 | int(low) >> 1)
 
 
 def order(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

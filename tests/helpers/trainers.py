@@ -1,0 +1,149 @@
+"""Tiny runs of every trainer, in this process and in others."""
+
+import multiprocessing
+import os
+import socket
+
+import torch
+
+from generation.testing import narrow
+from generation.train.autoencoder import AutoencoderTask
+from generation.train.diffusion import DiffusionTask
+from generation.train.loop import Run
+from generation.train.settings import settings
+from generation.train.world import World
+
+UNET = {"channels": [8, 8, 8], "num_res_blocks": 1, "norm_num_groups": 4,
+        "num_head_channels": [0, 8, 8]}  # fmt: skip
+AUTOENCODER = {"channels": [4, 4, 4, 4], "num_res_blocks": [1, 1, 1, 1], "norm_num_groups": 2}
+
+
+def tiny(name="ukb-ldm", **changes):
+    """A published system of a few channels."""
+    preset = narrow(name)
+    networks = dict(preset.networks)
+    if name == "ukb-ldm":
+        networks["unet"] = networks["unet"] | UNET
+        networks["autoencoder"] = networks["autoencoder"] | AUTOENCODER
+    else:
+        networks["unet"] = networks["unet"] | {
+            "channels": [4, 4, 4, 4, 4],
+            "num_head_channels": 4,
+            "num_res_blocks": 1,
+            "norm_num_groups": 2,
+        }
+    return preset.model_copy(update={"networks": networks, **changes}).model_dump(mode="json")
+
+
+class Latents:
+    """Twelve latents, each a smooth pattern whose size its covariate tells."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        draw = torch.Generator().manual_seed(index)
+        ramp = torch.linspace(-1, 1, 4)[None, None, :, None].expand(3, 4, 4, 4)
+        strength = index / 11
+        mean = 2 * strength * ramp + 0.05 * torch.randn(3, 4, 4, 4, generator=draw)
+        condition = torch.full((4,), float(strength))
+        return {"mean": mean, "sigma": torch.full_like(mean, 0.02), "condition": condition}
+
+
+class Volumes:
+    """Twelve balls, each of its own size."""
+
+    side = 16
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        at = torch.linspace(-1, 1, self.side)
+        x, y, z = torch.meshgrid(at, at, at, indexing="ij")
+        radius = (x**2 + y**2 + z**2).sqrt()
+        ball = torch.sigmoid(20 * (0.4 + 0.04 * index - radius))
+        return {"image": ball[None], "condition": torch.full((4,), index / 11)}
+
+
+BASE = {"steps": 6, "batch": 4, "learning_rate": 1e-3, "precision": "float32", "average": 0.9,
+        "keep_every": 2, "log_every": 1, "warm_up": 2, "validate_every": 0,
+        "sheet_every": 0}  # fmt: skip
+
+KINDS = {
+    "diffusion": (DiffusionTask, Latents, {"latent_scale": "measured", "drop_conditions": 0.2}),
+    "pixel": (DiffusionTask, Volumes, {"augment": {"flip": 0.5, "affine": 0.5, "degrees": 10}}),
+    "autoencoder": (AutoencoderTask, Volumes, {
+        "perceptual": 0.1, "perceptual_network": "pyramid", "adversarial": 0.01,
+        "adversarial_from": 2, "adversarial_over": 2, "crop": [8, 16, 8],
+        "discriminator": {"channels": 4, "num_layers_d": 1},
+        "augment": {"flip": 0.5, "affine": 0.5, "degrees": 10, "voxels": 1, "gamma": 0.1},
+    }),
+}  # fmt: skip
+"""By what is trained: the task, its data, and settings besides the common ones."""
+
+
+def chosen(kind, **changes):
+    """Settings of a tiny run."""
+    system = tiny("medforj" if kind == "pixel" else "ukb-ldm")
+    return settings(BASE | {"kind": kind, "system": system} | KINDS[kind][2] | changes)
+
+
+def start(kind, folder, world=None, **changes):
+    """A run, not yet advanced."""
+    how = chosen(kind, **changes)
+    make, data, _ = KINDS[kind]
+    task = make(how, data()) if make is DiffusionTask else make(how)
+    return Run(task, data(), how, folder, world or World())
+
+
+def trained(kind, folder, until=None, **changes):
+    """A run that was advanced, and its log."""
+    run = start(kind, folder, **changes)
+    return run, list(run.advance(until))
+
+
+def difference(run, other):
+    """The largest one between all weights of two runs."""
+    worst = 0.0
+    for name, module in run.task.modules.items():
+        there = other.task.modules[name].state_dict()
+        for key, value in module.state_dict().items():
+            worst = max(worst, float((value.double() - there[key].double()).abs().max()))
+    return worst
+
+
+def _train(kind, folder, environment, told):
+    os.environ.update(environment)
+    for line in start(kind, folder, World.of_environment("cpu")).advance():
+        told.send(line["step"])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def in_process(kind, folder, **environment):
+    """A process that trains, and what it tells its steps through.
+
+    Forked: with one thread the parent's torch may be used, which spares importing it again.
+    """
+    fork = multiprocessing.get_context("fork")
+    told, telling = fork.Pipe(duplex=False)
+    process = fork.Process(target=_train, args=(kind, folder, environment, telling))
+    process.start()
+    telling.close()
+    return process, told
+
+
+def by_two(kind, folder):
+    """Train with two processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        in_process(kind, folder, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(2)
+    ]
+    for process, _ in started:
+        process.join(timeout=120)
+    assert [process.exitcode for process, _ in started] == [0, 0]
