@@ -24,7 +24,10 @@ from generation.hub import PUBLISHED, commit_of, fetch
 from generation.presets import Preset, load_preset
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    Given = Path | Mapping[str, Tensor]
+    """Where a network's weights are: in a file, or here."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 """What weights may be called: it becomes a folder name."""
@@ -175,14 +178,14 @@ def pull(name: str, folder: Path, *, force: bool = False) -> Weights:
 
 def add(
     name: str,
-    files: Mapping[str, Path],
+    files: Mapping[str, Given],
     folder: Path,
     *,
     preset: str | Preset = "ukb-ldm",
     target: str | None = None,
     source: Mapping[str, str] | None = None,
 ) -> Weights:
-    """Install weights from files.
+    """Install weights from files; from training runs: :func:`generation.train.release.add`.
 
     Parameters
     ----------
@@ -190,7 +193,8 @@ def add(
         What to call them: lower-case letters, digits, ``.``, ``_`` and ``-``.
     files
         By network: ``.pt``/``.pth`` files of tensors or safetensors, in MONAI's layout or that of
-        the GenerativeModels package, plain or as the ``model`` entry of a dict.
+        the GenerativeModels package, plain or as the ``model`` entry of a dict. Or the tensors
+        themselves.
     folder
         Where to install; weights of that name are replaced.
     preset
@@ -216,7 +220,7 @@ def add(
     with FileLock(folder / f".{name}.lock"):
         home.mkdir(exist_ok=True)
         try:
-            told = {n: _convert(Path(path), n, system, home) for n, path in files.items()}
+            told = {n: _convert(given, n, system, home) for n, given in files.items()}
             kept = {network: file for network, (file, _) in told.items()}
             layouts = {f"{network}_layout": layout for network, (_, layout) in told.items()}
             facts = {
@@ -225,7 +229,7 @@ def add(
                 "target": target or system.target,
                 "digest": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
                 "files": kept,
-                "source": {**(source or {n: str(p) for n, p in files.items()}), **layouts},
+                "source": {**(source or _places(files)), **layouts},
             }
             scratch = home / _SCRATCH
             scratch.write_text(json.dumps(facts, indent=2))
@@ -249,12 +253,18 @@ def remove(name: str, folder: Path) -> None:
     shutil.rmtree(folder / name)
 
 
-def _convert(path: Path, network: str, preset: Preset, home: Path) -> tuple[str, str]:
+def _places(files: Mapping[str, Given]) -> dict[str, str]:
+    return {n: str(given) for n, given in files.items() if not isinstance(given, Mapping)}
+
+
+def _convert(given: Given, network: str, preset: Preset, home: Path) -> tuple[str, str]:
     """Write a checkpoint's tensors under a name that holds their hash; it and their layout."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    state, layout = fitted(read_state(path), network, preset, str(path))
+    found = given if isinstance(given, Mapping) else read_state(Path(given))
+    where = "what was given" if isinstance(given, Mapping) else str(given)
+    state, layout = fitted(found, network, preset, where)
     scratch = home / _SCRATCH
     try:
         save_file(state, scratch)

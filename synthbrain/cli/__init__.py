@@ -12,6 +12,7 @@ import typer
 import synthbrain
 from synthbrain.cli import (
     archives,
+    bundle,
     demo,
     generate,
     info,
@@ -78,6 +79,7 @@ archives.register(app)
 publish.register(app)
 generate.register(app)
 weights.register(app)
+bundle.register(app)
 
 
 def main() -> None:

@@ -58,6 +58,11 @@ Solver = Annotated[
 Steps = Annotated[
     int | None, typer.Option(metavar="N", help="Solver steps.", rich_help_panel=_SAMPLING)
 ]
+Spacing = Annotated[
+    str | None,
+    typer.Option(metavar="leading|trailing|logsnr", help="Where the steps lie; the solver's "
+                 "favourite.", rich_help_panel=_SAMPLING),
+]  # fmt: skip
 Precision = Annotated[
     str | None,
     typer.Option(metavar="float32|bfloat16", help="By default what the device is fast at.",
@@ -91,6 +96,7 @@ def generate(
     generator_name: GeneratorName = "auto",
     solver: Solver = None,
     steps: Steps = None,
+    spacing: Spacing = None,
     precision: Precision = None,
     device: Device = None,
     decode: Decode = None,
@@ -118,7 +124,8 @@ def generate(
     if format not in FORMATS:
         raise UsageError(f"--format must be one of {', '.join(FORMATS)}; found {format!r}")
     given = {
-        "solver": solver, "steps": steps, "dtype": precision, "device": device, "decode": decode
+        "solver": solver, "steps": steps, "spacing": spacing, "dtype": precision,
+        "device": device, "decode": decode,
     }  # fmt: skip
     sampling = {key: value for key, value in given.items() if value is not None}
     maker = load_generator(generator_name, **sampling)

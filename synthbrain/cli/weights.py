@@ -70,32 +70,43 @@ def pull(
     epilog=examples(
         "synthbrain weights add ours --autoencoder autoencoder.pt --diffusion model.pt",
         "synthbrain weights add pixel --preset medforj --diffusion ema.pt --target flow",
+        "synthbrain weights add mine --autoencoder runs/autoencoder --diffusion runs/diffusion",
     )
 )
 def add(
     name: Name,
-    diffusion: Annotated[Path, typer.Option(metavar="FILE", help="The U-Net's checkpoint.")],
+    diffusion: Annotated[
+        Path, typer.Option(metavar="RUN|FILE", help="The U-Net's training run, or a checkpoint.")
+    ],
     autoencoder: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The autoencoder's; for latent systems.")
+        Path | None,
+        typer.Option(metavar="RUN|FILE", help="The autoencoder's; for latent systems."),
     ] = None,
     preset: Annotated[
-        str, typer.Option(metavar="SYSTEM", help="ukb-ldm or medforj: architecture and schedule.")
-    ] = "ukb-ldm",
+        str | None,
+        typer.Option(metavar="SYSTEM", help="ukb-ldm or medforj: architecture and schedule.",
+                     show_default="the run's, ukb-ldm for files"),
+    ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="epsilon, sample, velocity or flow; the system's own."),
+        typer.Option(metavar="NAME", help="epsilon, sample, velocity or flow.",
+                     show_default="the system's"),
     ] = None,
-) -> None:
-    """Install weights from files: MONAI's layout or the older GenerativeModels one."""
-    from generation import weights
-    from generation.diffusion import TARGETS
+) -> None:  # fmt: skip
+    """Install weights from training runs or files.
 
-    if preset not in ("ukb-ldm", "medforj"):
+    Of a run's folder the last checkpoint is taken, with averaged weights where it has them; name a
+    checkpoint in it for another. Files are in MONAI's layout or the older GenerativeModels one.
+    """
+    from generation.diffusion import TARGETS
+    from generation.train import release
+
+    if preset not in (None, "ukb-ldm", "medforj"):
         raise UsageError(f"--preset must be ukb-ldm or medforj; found {preset!r}")
     if target is not None and target not in TARGETS:
         raise UsageError(f"--target must be one of {', '.join(TARGETS)}; found {target!r}")
-    files = {"unet": diffusion} | ({} if autoencoder is None else {"autoencoder": autoencoder})
-    _installed(weights.add(name, files, _folder(), preset=preset, target=target))
+    paths = {"unet": diffusion} | ({} if autoencoder is None else {"autoencoder": autoencoder})
+    _installed(release.add(name, paths, _folder(), preset=preset, target=target))
 
 
 @app.command(epilog=examples("synthbrain weights path ukb-ldm"))
@@ -145,6 +156,10 @@ def _entry(name: str, published: Published | None, here: Weights | None) -> dict
         "system": preset.system,
         "covariates": "all four" if preset.system == "latent" else "none",
         "installed": size_text(size) if here else "no",
-        "source": source.get("repo") or (published.repo if published else "files"),
+        "source": source.get("repo") or (published.repo if published else _origin(source)),
         "digest": here.digest if here else None,
     }
+
+
+def _origin(source: dict[str, str]) -> str:
+    return "training" if "unet_step" in source else "files"

@@ -14,7 +14,7 @@ from synthbrain.testing import TinyGenerator
 
 COMMANDS = (
     "demo", "info", "select", "draw", "fill", "verify", "export", "generate", "pull", "index",
-    "seed", "pack", "prepare", "torrent", "publish", "cite",
+    "seed", "pack", "prepare", "torrent", "publish", "cite", "export-bundle",
 )  # fmt: skip
 
 SLOW_TINY = """

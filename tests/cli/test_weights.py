@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from run_folders import make_run
 
 from generation import weights
 from generation.errors import WeightsError
@@ -43,6 +44,40 @@ def test_add_list_path_generate_remove(run, checkpoints, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert run("weights", "remove", "ours").exit_code == 0
     assert run("weights", "path", "ours").exit_code == 2
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders of two training runs."""
+    preset = narrow("ukb-ldm")
+    make_run(tmp_path / "runs" / "autoencoder", "autoencoder", preset=preset)
+    make_run(tmp_path / "runs" / "diffusion", "diffusion", preset=preset, scale=0.3)
+    return ("--autoencoder", "runs/autoencoder", "--diffusion", "runs/diffusion")
+
+
+def test_training_runs_are_a_generator(run, runs):
+    done = run("weights", "add", "mine", *runs)
+    assert done.exit_code == 0, done.stderr
+    (mine,) = [e for e in json.loads(run("weights", "list", "--json").stdout) if e["digest"]]
+    assert mine["source"] == "training"
+    done = run("generate", "--generator", "mine", "--steps", 2, "--solver", "ddim", "--out", "x")
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--preset", "ukb-ldm"), "the run knows its system"),
+        (("--target", "flow"), "predicts 'epsilon', found --target 'flow'"),
+        (("--diffusion", "runs/autoencoder"), "give it as --autoencoder"),
+        (("--diffusion", "runs"), "runs is no training run"),
+    ],
+)
+def test_runs_that_are_no_generator_are_told_in_one_line(run, runs, wrong, message):
+    done = run("weights", "add", "mine", *runs, *wrong)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("error:") == 1
 
 
 @pytest.mark.usefixtures("checkpoints")
