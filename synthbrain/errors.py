@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from generation.covariates import CovariateError
-from generation.errors import WeightsError
+from generation.errors import TrainingError, WeightsError
 
 __all__ = [
     "CovariateError",
@@ -16,6 +16,7 @@ __all__ = [
     "StoreError",
     "StoreFullError",
     "SynthBrainError",
+    "TrainingError",
     "UsageError",
     "WeightsError",
 ]

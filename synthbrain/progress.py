@@ -80,6 +80,41 @@ def measured(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
         yield told
 
 
+@contextlib.contextmanager
+def counted(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Show how many of ``total`` steps are done, ``done`` of them before.
+
+    Yields
+    ------
+    callable
+        To be told how many there are now, and a note. What is shown where is as in :func:`track`.
+    """
+    if not sys.stderr.isatty():
+        yield _counted_lines(what, total)
+        return
+    with _progress() as progress:
+        task = progress.add_task(what, total=total, completed=done)
+
+        def told(done: int, note: str) -> None:
+            progress.update(task, description=f"{what}, {note}" if note else what, completed=done)
+
+        yield told
+
+
+def _counted_lines(what: str, total: int) -> Callable[[int, str], None]:
+    start = last = time.monotonic()
+
+    def told(done: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= _LOG_SECONDS:
+            last = now
+            text = f"{what}: {done:,}/{total:,} in {now - start:.0f} s"
+            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+
+    return told
+
+
 def _measured_lines(what: str, total: int) -> Callable[[int, str], None]:
     start = last = time.monotonic()
 

@@ -36,6 +36,8 @@ class DiffusionTask:
         ``"measured"``.
     unet
         Starts from here; a new one by default, the same for the same seed.
+    autoencoder
+        Digest of the network whose latents these are; kept with the run.
     decode
         Makes volumes ``(n, 1, x, y, z)`` of latents, to look at; without it sheets show the
         latents' first channel.
@@ -53,6 +55,7 @@ class DiffusionTask:
         data: Data | None = None,
         unet: nn.Module | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        autoencoder: str = "",
     ) -> None:
         self.settings, self.preset = settings, settings.system
         self.modules: dict[str, nn.Module] = {
@@ -61,7 +64,7 @@ class DiffusionTask:
         spec = self.preset.schedule
         schedule = Schedule.from_betas(spec.kind, spec.start, spec.end, spec.steps)
         self._alpha, self._sigma = torch.tensor(schedule.alpha), torch.tensor(schedule.sigma)
-        self.scale = _scale(settings, data)
+        self.scale, self.autoencoder = _scale(settings, data), autoencoder
         self._unet, self._decode = self.modules["unet"], decode
         spec_of = self.preset.networks["unet"]
         self._conditional = spec_of["in_channels"] > spec_of["out_channels"]
@@ -132,11 +135,22 @@ class DiffusionTask:
         return noisy.float()
 
     def state(self) -> dict[str, Any]:
-        """The scale of the latents."""
-        return {"scale": self.scale}
+        """The scale of the latents, and whose they are."""
+        return {"scale": self.scale, "autoencoder": self.autoencoder}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the scale back."""
+        """Take the scale back.
+
+        Raises
+        ------
+        TrainingError
+            The run began with latents of another autoencoder.
+        """
+        if state["autoencoder"] != self.autoencoder:
+            raise TrainingError(
+                f"the run began with latents of the autoencoder {state['autoencoder'][:8]}, these "
+                f"are of {self.autoencoder[:8]}; give that one, or choose another folder"
+            )
         self.scale = state["scale"]
 
     def _clean(self, batch: Batch, augment: Augmentation) -> Tensor:

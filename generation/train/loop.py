@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +133,8 @@ class Run:
         Samples to validate on and to show; some of ``data`` without.
     workers
         Processes that read samples ahead.
+    told
+        Called with the number of steps done, after each.
 
     Raises
     ------
@@ -147,6 +149,7 @@ class Run:
     world: World = field(default_factory=World)
     held_out: Data | None = None
     workers: int = 0
+    told: Callable[[int], None] | None = None
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -191,14 +194,16 @@ class Run:
         for feed in self._feeds(end):
             losses = self._take_step(feed)
             self.step += 1
+            if self.told is not None:
+                self.told(self.step)
             last = self.step == self.settings.steps
+            if self._due(self.settings.sheet_every, last):
+                self.show()
             if self._due(self.settings.log_every) or self.step == end:
                 rate = (self.step - first) / (time.perf_counter() - began)
                 yield self._log(losses | {"samples_per_second": rate * self.settings.batch})
             if self._due(self.settings.validate_every, last):
                 yield self._log(self.validate())
-            if self._due(self.settings.sheet_every, last):
-                self.show()
             if last or self._due(self.settings.keep_every):
                 self.keep()
 
@@ -226,9 +231,13 @@ class Run:
                     found[name] = found.get(name, 0.0) + float(value) / len(batches)
         return {f"validation/{name}": value for name, value in found.items()}
 
-    def show(self) -> Path:
-        """Draw what the averaged networks make as ``sheets/step-….png``."""
-        path = self.folder / "sheets" / f"step-{self.step:09d}.png"
+    @property
+    def sheet(self) -> Path:
+        """Where the sample sheet of this step is, if one is due."""
+        return self.folder / "sheets" / f"step-{self.step:09d}.png"
+
+    def show(self) -> None:
+        """Draw what the averaged networks make on a sample sheet."""
         if self.world.rank == 0:
             with self._averaged(), self._precision():
                 shown = [
@@ -236,9 +245,8 @@ class Run:
                     for place in self._places(_SHOWN)
                     for p in self.task.show(self._held_out(place))
                 ]
-            draw_sheet(shown, path, f"step {self.step:,}")
+            draw_sheet(shown, self.sheet, f"step {self.step:,}")
         self.world.barrier()
-        return path
 
     def _take_step(self, feed: list[Sample]) -> dict[str, float]:
         told: dict[str, Tensor] = {}

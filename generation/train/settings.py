@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -194,10 +195,37 @@ def recipe(name: str, changes: Iterable[str] = ()) -> Settings:
     if name not in known:
         raise TrainingError(f"no recipe {name!r}{_near(name, known)}; there are {', '.join(known)}")
     fields = json.loads((folder / f"{name}.json").read_text())
+    return settings(_with_system(fields), changes)
+
+
+def read_settings(path: Path, changes: Iterable[str] = ()) -> Settings:
+    """Settings in a JSON file, such as a run's ``settings.json``, with changes.
+
+    Raises
+    ------
+    TrainingError
+        The file cannot be read, or as in :func:`recipe`.
+    """
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read settings from {path} ({error})") from None
+    if not isinstance(fields, dict):
+        raise TrainingError(f"{path} holds no settings: expected a JSON object")
+    return settings(_with_system(fields), changes)
+
+
+def _with_system(fields: dict[str, Any]) -> dict[str, Any]:
+    """A system's name replaced by what it stands for."""
     base = fields.get("system")
-    if isinstance(base, str):
-        fields["system"] = json.loads((files("generation.presets") / f"{base}.json").read_text())
-    return settings(fields, changes)
+    if not isinstance(base, str):
+        return fields
+    known = sorted(p.name.removesuffix(".json") for p in files("generation.presets").iterdir()
+                   if p.name.endswith(".json"))  # fmt: skip
+    if base not in known:
+        raise TrainingError(f"no system {base!r}{_near(base, known)}; there are {', '.join(known)}")
+    text = (files("generation.presets") / f"{base}.json").read_text()
+    return {**fields, "system": json.loads(text)}
 
 
 def settings(fields: Mapping[str, Any], changes: Iterable[str] = ()) -> Settings:

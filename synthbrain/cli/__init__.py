@@ -20,6 +20,7 @@ from synthbrain.cli import (
     prepare,
     publish,
     pull,
+    train,
     volumes,
     weights,
 )
@@ -75,6 +76,7 @@ manifests.register(app)
 volumes.register(app)
 pull.register(app)
 prepare.register(app)
+train.register(app)
 archives.register(app)
 publish.register(app)
 generate.register(app)

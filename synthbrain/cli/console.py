@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from synthbrain.errors import CovariateError, SynthBrainError, WeightsError
+from synthbrain.errors import CovariateError, SynthBrainError, TrainingError, WeightsError
 
 OK, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
@@ -41,7 +41,7 @@ class Commands(TyperGroup):
         try:
             with notes():
                 return super().invoke(ctx)
-        except (SynthBrainError, CovariateError, WeightsError, OSError) as error:
+        except (SynthBrainError, CovariateError, TrainingError, WeightsError, OSError) as error:
             if isinstance(error, BrokenPipeError):  # the reader of stdout left: Typer handles it
                 raise
             if ctx.params.get("debug") or os.environ.get("SYNTHBRAIN_DEBUG", "0") not in ("", "0"):
