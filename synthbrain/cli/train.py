@@ -57,6 +57,10 @@ def train(
         typer.Option(metavar="RUN|NAME", help="Whose latents diffusion is trained on: a run or "
                      "installed weights."),
     ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where latents are kept.", show_default="RUN/latents"),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Train on N volumes at most.")
     ] = None,
@@ -89,7 +93,7 @@ def train(
 
     training = Training(
         settings, data, out, generator=None if generator == "none" else generator, store=store,
-        limit=limit, autoencoder=autoencoder, workers=workers, device=device,
+        limit=limit, autoencoder=autoencoder, latents=latents, workers=workers, device=device,
     )  # fmt: skip
     try:
         run = _run(training, until)
