@@ -279,18 +279,17 @@ class Run:
     def _feeds(self, end: int) -> Iterator[list[Sample]]:
         """This process's samples of each step that is left, read ahead by the workers."""
         settings, places = self.settings, self.world.places(self.settings.batch)
-        rows = [
+        rows = (
             [row_of(settings.seed, step, place, settings.batch, len(self.data)) for place in places]
             for step in range(self.step, end)
-        ]
-        return iter(
-            DataLoader(
-                cast("Dataset[Sample]", self.data),
-                batch_sampler=rows,
-                num_workers=self.workers,
-                collate_fn=list,
-            )
         )
+        loader = DataLoader(
+            cast("Dataset[Sample]", self.data),
+            batch_sampler=rows,
+            num_workers=self.workers,
+            collate_fn=list,
+        )
+        return iter(loader)
 
     def _batches(self, feed: list[Sample]) -> list[Batch]:
         """This process's share of the step's global batch, in as many parts as asked for."""

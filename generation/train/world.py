@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -116,6 +117,7 @@ def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(high) << 31 | int(low) >> 1)
 
 
+@lru_cache(maxsize=4)
 def order(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The order of an epoch: a permutation of ``count`` rows."""
     return np.random.default_rng((_ORDER, seed, epoch)).permutation(count)
