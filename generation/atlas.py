@@ -91,6 +91,23 @@ def template_folder() -> Path:
     return folder
 
 
+def template_images() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """T1-weighted intensity, and shares of grey and of white matter, in the template's own voxels.
+
+    Each ``(x, y, z)``, 1 mm, RAS, the first voxel at :data:`ORIGIN`; shares are 0 to 1.
+
+    Raises
+    ------
+    FileNotFoundError
+        As :func:`template_folder`.
+    """
+    import nibabel
+
+    images: list[Any] = [nibabel.load(template_folder() / n) for n in TEMPLATE_FILES.values()]
+    t1, grey, white = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
+    return t1, grey / np.float32(255), white / np.float32(255)
+
+
 def digest() -> str:
     """Hex SHA-256 of the template's files and of :data:`VERSION`."""
     sha = hashlib.sha256(f"atlas {VERSION}".encode())
@@ -142,7 +159,7 @@ def _keep(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def _derive() -> dict[str, NDArray[Any]]:
-    t1, grey, white = _template()
+    t1, grey, white = template_images()
     ventricles = _lateral_ventricles(t1, grey + white)
     ventricle = -_signed_distance(ventricles, smooth=0.6)
     near_ventricle = ventricle < 3.0
@@ -163,14 +180,6 @@ def _derive() -> dict[str, NDArray[Any]]:
         "growth": growth.astype(half),
         "brain_origin": np.add(ORIGIN, [side.start for side in box]),
     }
-
-
-def _template() -> tuple[Field, Field, Field]:
-    import nibabel
-
-    images: list[Any] = [nibabel.load(template_folder() / n) for n in TEMPLATE_FILES.values()]
-    t1, grey, white = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
-    return t1, grey / 255, white / 255
 
 
 def _lateral_ventricles(t1: Field, matter: Field) -> NDArray[np.bool_]:

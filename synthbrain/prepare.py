@@ -1,23 +1,14 @@
 """From a folder of raw T1w scans to a manifest and its stored volumes.
 
-Every scan becomes a record in ``scans/``: ``<key>.json``, written last, ``<key>.shard`` and
-``<key>.jpg``. The key is the hash of the file's bytes and of the settings, so what is done is never
-done again, and what was killed half-way leaves nothing that counts. Manifest, store and report are
-put together from the records.
+What is done is kept in ``scans/``, see :mod:`synthbrain.scans`; manifest, store and report are put
+together from it.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import io
-import json
-import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from generation.covariates import NAMES
-from generation.preprocess import VERSION, ScanError, check_shape, prepare, template
-from synthbrain.errors import StoreError, SynthBrainError, UsageError
+from generation.preprocess import VERSION
+from synthbrain.errors import SynthBrainError, UsageError
 from synthbrain.header import Geometry, Header, Licence
-from synthbrain.nifti import gunzip
 from synthbrain.progress import track
-from synthbrain.quantise import Array, quantise
 from synthbrain.rows import PUBLISHED, make_table, split_of
-from synthbrain.sheet import PLANES, cut
+from synthbrain.scan_report import Record, write_report
+from synthbrain.scans import Scan, find_scans, is_done, prepare_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,57 +35,6 @@ ALIASES = {
     "brain_volume": ("brain_mm3",),
 }
 """Accepted headers of the table of covariates; see :mod:`synthbrain.participants`."""
-
-_SUFFIXES = (".nii", ".nii.gz")
-_MOST_BYTES = 2**32
-_SLICES = (2.0, -18.0, 16.0)
-"""Where the report cuts the sagittal, coronal and axial plane, mm."""
-_EDGE = (122, 190, 255)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A raw file.
-
-    Parameters
-    ----------
-    path
-        Where it is.
-    id
-        Id of its row: the file's name without ``_T1w`` and suffix.
-    """
-
-    path: Path
-    id: str
-
-    @property
-    def subject(self) -> str:
-        """Its participant, as the table of covariates calls them."""
-        found = re.match(r"sub-[A-Za-z0-9]+", self.id)
-        return found[0] if found else f"sub-{self.id}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What became of a scan.
-
-    Parameters
-    ----------
-    id, source
-        The scan's id, and the path of its file.
-    key
-        Name of its files in ``scans/``; empty where the file was not read.
-    reason
-        Why it is left out; empty where it is not.
-    measures
-        :class:`generation.preprocess.Measures`; empty where it did not come so far.
-    """
-
-    id: str
-    source: str
-    key: str = ""
-    reason: str = ""
-    measures: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +96,7 @@ class Preparation:
 
     def todo(self) -> list[Scan]:
         """Scans that have no record yet; every file is read to find out."""
-        return [scan for scan in self._usable() if not self._kept(scan)]
+        return [s for s in self._usable() if not is_done(self._kept, self.geometry, s)]
 
     def run(self, *, jobs: int = 1, progress: bool = True) -> list[Record]:
         """Prepare what is not prepared yet, then write manifest, store and report.
@@ -187,7 +126,7 @@ class Preparation:
         require_itk()
         if jobs < 1:
             raise UsageError(f"jobs must be at least 1, found {jobs}")
-        (self.out / "scans").mkdir(parents=True, exist_ok=True)
+        self._kept.mkdir(parents=True, exist_ok=True)
         usable = self._usable()
         done = track(self._records(usable, jobs), total=len(usable), what="preparing",
                      show=progress)  # fmt: skip
@@ -202,6 +141,11 @@ class Preparation:
     def report(self) -> Path:
         """The report for people."""
         return self.out / "report.html"
+
+    @property
+    def _kept(self) -> Path:
+        """Where finished scans are."""
+        return self.out / "scans"
 
     @cached_property
     def _table(self) -> Path:
@@ -240,15 +184,8 @@ class Preparation:
             if reason:
                 yield Record(id=scan.id, source=str(scan.path), reason=reason, measures={})
 
-    def _kept(self, scan: Scan) -> bool:
-        try:
-            data = scan.path.read_bytes()
-        except OSError:
-            return False
-        return _recorded(self.out / "scans" / _key(data, self.geometry)) is not None
-
     def _records(self, scans: list[Scan], jobs: int) -> Iterator[Record]:
-        work = partial(prepare_file, self.out / "scans", self.geometry)
+        work = partial(prepare_file, self._kept, self.geometry)
         if jobs == 1:
             yield from map(work, scans)
             return
@@ -275,7 +212,7 @@ class Preparation:
         store = Resolver(manifest, self.out / "store").published
         for position, record in enumerate(records):
             if not store.has(position):
-                store.write_shard(position, _shard(self.out, record).read_bytes())
+                store.write_shard(position, record.kept(self._kept, ".shard").read_bytes())
         manifest.save(self.out / "manifest", overwrite=True)
 
     def _header(self) -> Header:
@@ -323,20 +260,6 @@ def require_itk() -> None:
         ) from None
 
 
-def find_scans(raw: Path) -> list[Scan]:
-    """The NIfTI files below a folder; of a BIDS dataset, its T1w files; never derivatives."""
-    files = [
-        path
-        for path in sorted(raw.rglob("*.nii*"))
-        if path.name.endswith(_SUFFIXES) and path.is_file()
-        and not any(part == "derivatives" or part.startswith(".")
-                    for part in path.relative_to(raw).parts)
-    ]  # fmt: skip
-    bids = [p for p in files if p.parent.name == "anat" and p.name.startswith("sub-")]
-    t1w = [path for path in bids if re.search(r"_T1w\.nii(\.gz)?$", path.name)]
-    return [Scan(path, _id(path)) for path in (t1w if bids else files)]
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """Covariates by participant, without the participants whose row has gaps (``n/a``).
 
@@ -354,189 +277,3 @@ def read_table(path: Path) -> pd.DataFrame:
     whole = [row for row in cells if not {"", "n/a", "nan"} & {cell.lower() for cell in row}]
     data = "\n".join("\t".join(row) for row in whole).encode()
     return read_participants(data, ALIASES, str(path))
-
-
-def prepare_file(folder: Path, geometry: Geometry, scan: Scan) -> Record:
-    """Prepare one file, or find its record; never raises for what is wrong with the file.
-
-    Parameters
-    ----------
-    folder
-        Where records are kept.
-    geometry
-        Grid of the volume.
-    scan
-        The file.
-    """
-    same: dict[str, Any] = {"id": scan.id, "source": str(scan.path)}
-    try:
-        data = scan.path.read_bytes()
-    except OSError as error:
-        return Record(**same, reason=f"cannot be read: {error.strerror}", measures={})
-    key = _key(data, geometry)
-    found = _recorded(folder / key)
-    if found is None:
-        found = _prepare(data, geometry, folder / key)
-        _write(folder / f"{key}.json", json.dumps(found, indent=2).encode())
-    return Record(**same, key=key, **found)
-
-
-def _recorded(stem: Path) -> dict[str, Any] | None:
-    """What is written of a scan; None where it is not done, or its volume is gone."""
-    try:
-        found = json.loads(stem.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if found["reason"] or stem.with_suffix(".shard").exists() else None
-
-
-def _prepare(data: bytes, geometry: Geometry, stem: Path) -> dict[str, Any]:
-    """Measures of a scan and why it is left out, if it is; its volume and picture are written."""
-    try:
-        done = prepare(*load(data), geometry.shape, geometry.affine)
-    except ScanError as error:
-        return {"reason": str(error), "measures": {}}
-    except RuntimeError as error:  # ITK's own, of many lines
-        return {"reason": f"cannot be registered: {str(error).split(':')[-1].strip()}",
-                "measures": {}}  # fmt: skip
-    _write(stem.with_suffix(".jpg"), picture(done.volume, geometry))
-    reason = done.measures.problem()
-    if reason is None:
-        from synthbrain.shard import ShardLayout
-
-        layout = ShardLayout(geometry.shape, geometry.chunks, geometry.dtype)
-        _write(stem.with_suffix(".shard"), layout.encode(quantise(done.volume, geometry)))
-    return {"reason": reason or "", "measures": asdict(done.measures)}
-
-
-def load(data: bytes) -> tuple[Array, Array]:
-    """Voxels and affine out of a NIfTI file's bytes, gzipped or not.
-
-    Raises
-    ------
-    ScanError
-        Damaged, cut short, of a shape or type no scan has, or without an orientation.
-    """
-    import nibabel
-
-    try:
-        plain = gunzip(data, _MOST_BYTES) if data[:2] == b"\x1f\x8b" else data
-        kind = (
-            nibabel.Nifti2Image if plain[:2] in (b"\x1c\x02", b"\x02\x1c") else nibabel.Nifti1Image
-        )
-        image: Any = kind.from_stream(io.BytesIO(plain))
-        check_shape(image.shape)
-        if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
-            raise ScanError("states no orientation (sform and qform code 0); repair the header")
-        if image.get_data_dtype().kind not in "biuf":
-            raise ScanError(f"holds {image.get_data_dtype()}, expected plain numbers")
-        return np.asarray(image.dataobj, dtype=np.float32), image.affine
-    except ScanError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise ScanError(f"cannot be read ({line}); fetch the file again") from None
-
-
-def picture(volume: Array, geometry: Geometry) -> bytes:
-    """Three slices side by side with the outline of the template's brain, as a JPEG.
-
-    Parameters
-    ----------
-    volume
-        ``(x, y, z)`` intensities in [0, 1].
-    geometry
-        Its grid.
-    """
-    from PIL import Image
-    from scipy import ndimage
-
-    brain = template(geometry.shape, geometry.affine).brain.astype(np.uint8)
-    strips = []
-    for plane, position in zip(PLANES, _SLICES, strict=True):
-        grey = (cut(volume, geometry.affine, plane, position) ** 0.8 * 255).astype(np.uint8)
-        inside = cut(brain, geometry.affine, plane, position) > 0
-        coloured = np.repeat(grey[..., None], 3, axis=2)
-        coloured[inside & ~ndimage.binary_erosion(inside)] = _EDGE
-        strips.append(np.pad(coloured, ((geometry.shape[1] - len(grey), 0), (0, 4), (0, 0))))
-    out = io.BytesIO()
-    Image.fromarray(np.concatenate(strips, axis=1)).save(out, "JPEG", quality=85)
-    return out.getvalue()
-
-
-def write_report(out: Path, records: Sequence[Record]) -> None:
-    """Write ``report.json`` and ``report.html``, which needs nothing beside it."""
-    found = {"version": VERSION, "scans": [asdict(record) for record in records]}
-    _write(out / "report.json", (json.dumps(found, indent=2) + "\n").encode())
-    used = sum(not record.reason for record in records)
-    figures = sorted(records, key=lambda record: not record.reason)  # what is left out comes first
-    body = "\n".join(_figure(out, record) for record in figures)
-    title = f"{used:,} of {len(records):,} scans prepared"
-    _write(out / "report.html", _PAGE.format(title=title, body=body).encode())
-
-
-def _figure(out: Path, record: Record) -> str:
-    path = out / "scans" / f"{record.key}.jpg"
-    shown = ""
-    if record.key and path.exists():
-        data = base64.b64encode(path.read_bytes()).decode()
-        shown = f'<img alt="{html.escape(record.id)}" src="data:image/jpeg;base64,{data}">'
-    reason = f'<p class="out">left out: {html.escape(record.reason)}</p>' if record.reason else ""
-    cells = (f"{html.escape(k)} {v:.4g}" for k, v in record.measures.items())
-    return (
-        f"<figure>{shown}<figcaption><b>{html.escape(record.id)}</b> "
-        f"{html.escape(record.source)}{reason}<p>{' · '.join(cells)}</p></figcaption></figure>"
-    )
-
-
-def _key(data: bytes, geometry: Geometry) -> str:
-    """Name of what comes of a file: a hash of its bytes, of the code and of the grid."""
-    digest = hashlib.sha256(f"prepare {VERSION}\n{geometry.model_dump_json()}\n".encode())
-    digest.update(data)
-    return digest.hexdigest()[:32]
-
-
-def _shard(out: Path, record: Record) -> Path:
-    return out / "scans" / f"{record.key}.shard"
-
-
-def _id(path: Path) -> str:
-    """A file's name as an id: letters, digits, ``-`` and ``_``, a letter or digit first."""
-    stem = re.sub(r"(_T1w)?\.nii(\.gz)?$", "", path.name)
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).lstrip("-_") or "scan"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StoreError(error.errno, f"cannot write {path}: {error.strerror}") from error
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ background: #090b0f; color: #eceef2; font: 14px system-ui, sans-serif; margin: 2em; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(32em, 1fr)); gap: 2em; }}
-figure {{ margin: 0; }}
-img {{ width: 100%; }}
-p {{ color: #868f9d; margin: .3em 0; }}
-p.out {{ color: #ff9d7a; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>Sagittal, coronal and axial; the line is the brain of the template.</p>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

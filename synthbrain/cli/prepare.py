@@ -11,7 +11,8 @@ from synthbrain.cli.console import examples, hint, interrupted, say
 from synthbrain.cli.options import DryRun
 
 if TYPE_CHECKING:
-    from synthbrain.prepare import Preparation, Record
+    from synthbrain.prepare import Preparation
+    from synthbrain.scan_report import Record
 
 
 def prepare(
