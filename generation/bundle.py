@@ -57,6 +57,7 @@ def export(weights: Checkpoint, out: Path) -> Path:
     WeightsError
         MONAI's sampler cannot do what the system needs, or the folder holds something.
     """
+    preset = _diffusion(weights)
     texts = {
         "configs/inference.json": json.dumps(inference(weights), indent=4),
         "configs/metadata.json": json.dumps(metadata(weights), indent=4),
@@ -74,7 +75,7 @@ def export(weights: Checkpoint, out: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")
         (scratch / "models").mkdir()
-        for network in weights.preset.networks:
+        for network in preset.networks:
             state = weights.network(network).state_dict()
             torch.save(state, scratch / "models" / _FILES[network])
         os.replace(scratch, out)
@@ -91,7 +92,7 @@ def inference(weights: Checkpoint) -> dict[str, Any]:
     WeightsError
         MONAI's sampler cannot do it.
     """
-    preset = weights.preset
+    preset = _diffusion(weights)
     return {
         "imports": [
             "$import torch",
@@ -123,7 +124,7 @@ def inference(weights: Checkpoint) -> dict[str, Any]:
 
 def metadata(weights: Checkpoint) -> dict[str, Any]:
     """What MONAI wants to know of a bundle."""
-    preset = weights.preset
+    preset = _diffusion(weights)
     packages = ("einops", "fire", "nibabel")
     return {
         "schema": SCHEMA,
@@ -146,6 +147,16 @@ def metadata(weights: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _diffusion(weights: Checkpoint) -> Preset:
+    preset = weights.preset
+    if not isinstance(preset, Preset):
+        raise WeightsError(
+            f"{weights.name} is a {preset.system} system, expected a latent or pixel one: bundles "
+            "are of diffusion models; sample it with `synthbrain generate`"
+        )
+    return preset
+
+
 def _formats(preset: Preset) -> dict[str, Any]:
     """What goes into a bundle and what comes out."""
     channels, *shape = preset.latent_shape or (1, *preset.shape)
@@ -163,7 +174,7 @@ def _sampler(weights: Checkpoint) -> dict[str, Any]:
 
     They are set by hand: what ``set_timesteps`` makes of a number changed between MONAI's versions.
     """
-    preset, target = weights.preset, weights.target
+    preset, target = _diffusion(weights), weights.target
     spec, schedule = preset.sampler, preset.schedule
     if (spec.solver, spec.spacing) != ("ddim", "leading") or target not in _PREDICTIONS:
         raise WeightsError(
@@ -275,7 +286,8 @@ def _version(package: str) -> str:
 
 
 def _readme(weights: Checkpoint) -> str:
-    preset, options = weights.preset, Options.published(weights.preset)
+    preset = _diffusion(weights)
+    options = Options.published(preset)
     given, table = "", ""
     if preset.system == "latent":
         values = ("1.0", "0.7", "0.3", "0.5")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generation.errors import WeightsError
-from generation.presets import Preset
+from generation.presets import System
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fitted(
-    state: Mapping[str, Tensor], network: str, preset: Preset, where: str
+    state: Mapping[str, Tensor], network: str, preset: System, where: str
 ) -> tuple[dict[str, Tensor], str]:
     """A checkpoint's tensors under MONAI's names, and the layout they had.
 
@@ -89,6 +89,8 @@ _COMPVIS = ("model.diffusion_model.", "first_stage_model.", "input_blocks.")
 
 
 def _renamed(key: str, network: str) -> str:
+    if network not in _OLD:
+        return key
     old, new = _OLD[network]
     return old.sub(new, key)
 
@@ -98,8 +100,10 @@ def _layout(state: Mapping[str, Tensor], network: str) -> str:
         return "CompVis"
     if any(_renamed(key, network) != key for key in state):
         return "GenerativeModels (old MONAI)"
-    known = ("encoder.blocks.", "decoder.blocks.", "down_blocks.", "up_blocks.")
-    return "MONAI" if any(key.startswith(known) for key in state) else "unknown"
+    monai = ("encoder.blocks.", "decoder.blocks.", "down_blocks.", "up_blocks.")
+    if any(key.startswith(monai) for key in state):
+        return "MONAI"
+    return "synthbrain" if any(key.startswith("levels.") for key in state) else "unknown"
 
 
 def _unwrapped(found: Any, path: Path) -> dict[str, Tensor]:

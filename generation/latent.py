@@ -61,7 +61,7 @@ class LatentDiffusion(DiffusionSystem):
         if decode not in ("auto", "whole", "slabs"):
             raise ValueError(f"decode must be 'auto', 'whole' or 'slabs', found {decode!r}")
         self.decode_mode = decode
-        self.latent_shape = weights.preset.latent_shape or (0, 0, 0, 0)
+        self.latent_shape = self.preset.latent_shape or (0, 0, 0, 0)
         self.batch_size = self.options.rows
 
     def __getstate__(self) -> dict[str, Any]:

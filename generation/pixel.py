@@ -60,7 +60,7 @@ class PixelDiffusion(DiffusionSystem):
         """
         if not len(rows):
             return torch.empty((0, 1, *self.shape), device=self.options.place)
-        low, high = self.weights.preset.value_range
+        low, high = self.preset.value_range
         nothing = torch.empty((len(rows), 0))
         volumes = self._sampler.draw(as_seeds(rows["seed"]), nothing, self.progress).float()
         return volumes.sub_(low).div_(high - low).clamp_(0, 1)

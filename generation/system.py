@@ -12,11 +12,10 @@ import torch
 
 from generation.engine import Progress, Sampler, Timing, peak_bytes, prepare
 from generation.options import Options
+from generation.presets import Preset, System
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from generation.presets import Preset
 
 VERSION = 1
 """Raise it whenever the same weights and row would give other voxels beyond rounding."""
@@ -34,13 +33,13 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def preset(self) -> Preset:
+    def preset(self) -> System:
         """Its system."""
         ...
 
     @property
     def target(self) -> str:
-        """What its U-Net predicts."""
+        """What its U-Net predicts; nothing where there is none."""
         ...
 
     @property
@@ -82,11 +81,11 @@ class DiffusionSystem:
         progress: Progress | None = None,
     ) -> None:
         preset = weights.preset
-        if preset.system != self.kind:
+        if not isinstance(preset, Preset) or preset.system != self.kind:
             raise ValueError(
                 f"{weights.name} is a {preset.system} system, expected a {self.kind} one"
             )
-        self.weights, self.options = weights, options or Options()
+        self.weights, self.preset, self.options = weights, preset, options or Options()
         self.progress = progress
         self.name, self.shape, self.affine = weights.name, preset.shape, preset.affine
         self._decoding = Timing()
@@ -119,7 +118,7 @@ class DiffusionSystem:
     @property
     def seconds_per_volume(self) -> float:
         """As measured, or guessed from the published systems' operations before the first."""
-        steps = len(self.options.solution(self.weights.preset))
+        steps = len(self.options.solution(self.preset))
         if self._stepping.calls:
             return steps * self._stepping.mean + self._decoding.mean
         rate = 3e14 if self.options.place.type == "cuda" else 1.2e12
@@ -142,7 +141,7 @@ class DiffusionSystem:
 
     @cached_property
     def _sampler(self) -> Sampler:
-        weights, options = self.weights, self.options
-        preset, unet = weights.preset, weights.network("unet")
+        weights, preset, options = self.weights, self.preset, self.options
+        unet = weights.network("unet")
         denoiser = prepare(unet, preset, weights.target, options, constants=self.constants)
         return Sampler(denoiser, preset.latent_shape or (1, *preset.shape), options, preset.clip)

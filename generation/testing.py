@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from generation.presets import Preset, load_preset
+from generation.presets import AnyPreset, GanPreset, Preset, System, load_preset
 
 _NARROW: dict[str, dict[str, dict[str, object]]] = {
     "ukb-ldm": {
@@ -22,17 +22,26 @@ _NARROW: dict[str, dict[str, dict[str, object]]] = {
     },
     "medforj": {"unet": {"channels": [8, 8, 16, 16, 16], "norm_num_groups": 4}},
 }
+_NARROW_GAN: dict[str, dict[str, object]] = {
+    "encoder": {"channels": [4, 4, 8], "groups": 2},
+    "generator": {"channels": [8, 4, 4], "groups": 2},
+    "discriminator": {"channels": [4, 8]},
+}
 
 
-def narrow(name: str) -> Preset:
+def narrow(name: str) -> AnyPreset:
     """A preset with a few channels and voxels: milliseconds instead of minutes.
 
     Parameters
     ----------
     name
-        ``"ukb-ldm"`` or ``"medforj"``.
+        Of a preset: ``"ukb-ldm"``, ``"medforj"``, ``"vae-gan"`` or ``"lsgan"``.
     """
     preset = load_preset(name)
+    if isinstance(preset, GanPreset):
+        few = {key: _NARROW_GAN[key] for key in preset.networks}
+        sizes = {"networks": few, "latent": 8, "base": (4, 4, 4), "shape": (16, 16, 16)}
+        return GanPreset.model_validate(preset.model_dump() | sizes)
     networks = {key: {**spec, **_NARROW[name][key]} for key, spec in preset.networks.items()}
     latent = None if preset.latent_shape is None else (3, 4, 8, 4)
     shape = (32, 64, 32) if latent else (16, 16, 16)
@@ -40,7 +49,7 @@ def narrow(name: str) -> Preset:
 
 
 def random_network(
-    preset: Preset, name: str, seed: int = 0, dtype: torch.dtype = torch.float32
+    preset: System, name: str, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A network whose every parameter is random, also those MONAI starts at zero.
 
@@ -49,7 +58,7 @@ def random_network(
     preset
         Its architecture.
     name
-        ``"unet"`` or ``"autoencoder"``.
+        One of its networks.
     seed
         Of the weights.
     dtype
@@ -75,12 +84,12 @@ class RandomWeights:
     name
         What it is called.
     target
-        What the U-Net is taken to predict; the preset's target by default.
+        What the U-Net is taken to predict; by default the preset's target, nothing for GANs.
     seed
         Of the weights.
     """
 
-    preset: Preset
+    preset: System
     name: str = "random"
     seed: int = 0
     chosen_target: str | None = None
@@ -88,7 +97,8 @@ class RandomWeights:
     @property
     def target(self) -> str:
         """What the U-Net is taken to predict."""
-        return self.chosen_target or self.preset.target
+        usual = self.preset.target if isinstance(self.preset, Preset) else ""
+        return self.chosen_target or usual
 
     @property
     def digest(self) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from generation.checkpoints import fitted, read_state
 from generation.errors import WeightsError
 from generation.hub import PUBLISHED, commit_of, fetch
-from generation.presets import Preset, load_preset
+from generation.presets import Preset, System, load_preset, read_preset
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,8 @@ class Weights:
     folder
         Where their files lie.
     name, preset, target, digest
-        As recorded; the digest is a hex SHA-256 over the networks' files.
+        As recorded; the digest is a hex SHA-256 over the networks' files, and the target of GANs
+        is empty.
     files
         Name of each network's file.
     source
@@ -55,7 +56,7 @@ class Weights:
 
     folder: Path
     name: str
-    preset: Preset
+    preset: System
     target: str
     digest: str
     files: Mapping[str, str]
@@ -67,7 +68,7 @@ class Weights:
         Parameters
         ----------
         name
-            ``"unet"`` or ``"autoencoder"``.
+            ``"unet"`` or ``"autoencoder"``; of a GAN ``"generator"``.
 
         Raises
         ------
@@ -110,7 +111,7 @@ def load(name: str, folder: Path) -> Weights:
     record = folder / name / RECORD
     try:
         facts = json.loads(record.read_text())
-        preset = Preset.model_validate(facts["preset"])
+        preset = read_preset(facts["preset"])
         return Weights(
             folder=record.parent,
             name=name,
@@ -181,7 +182,7 @@ def add(
     files: Mapping[str, Given],
     folder: Path,
     *,
-    preset: str | Preset = "ukb-ldm",
+    preset: str | System = "ukb-ldm",
     target: str | None = None,
     source: Mapping[str, str] | None = None,
 ) -> Weights:
@@ -200,7 +201,7 @@ def add(
     preset
         Their system.
     target
-        What the U-Net predicts, if not what the preset's does.
+        What the U-Net predicts, if not what the preset's does; not for GANs.
     source
         Where they came from; the files' paths by default.
 
@@ -212,9 +213,10 @@ def add(
     from filelock import FileLock
 
     _check_name(name)
-    system = preset if isinstance(preset, Preset) else load_preset(preset)
-    if set(files) != set(system.networks):
-        raise WeightsError(f"expected files of {_list(system.networks)}, found {_list(files)}")
+    system = load_preset(preset) if isinstance(preset, str) else preset
+    if set(files) != set(system.sampling):
+        raise WeightsError(f"expected files of {_list(system.sampling)}, found {_list(files)}")
+    predicted = _target(system, target)
     home = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{name}.lock"):
@@ -226,7 +228,7 @@ def add(
             facts = {
                 "name": name,
                 "preset": system.model_dump(mode="json"),
-                "target": target or system.target,
+                "target": predicted,
                 "digest": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
                 "files": kept,
                 "source": {**(source or _places(files)), **layouts},
@@ -257,7 +259,15 @@ def _places(files: Mapping[str, Given]) -> dict[str, str]:
     return {n: str(given) for n, given in files.items() if not isinstance(given, Mapping)}
 
 
-def _convert(given: Given, network: str, preset: Preset, home: Path) -> tuple[str, str]:
+def _target(system: System, asked: str | None) -> str:
+    if isinstance(system, Preset):
+        return asked or system.target
+    if asked is not None:
+        raise WeightsError(f"a GAN has no target, found {asked!r}; leave it out")
+    return ""
+
+
+def _convert(given: Given, network: str, preset: System, home: Path) -> tuple[str, str]:
     """Write a checkpoint's tensors under a name that holds their hash; it and their layout."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

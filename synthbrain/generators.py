@@ -12,6 +12,7 @@ from synthbrain.home import home
 
 if TYPE_CHECKING:
     from generation.generator import Generator
+    from generation.weights import Weights
     from synthbrain.header import Geometry
 
 
@@ -50,7 +51,7 @@ def load_generator(name: str, **sampling: Any) -> Generator:
     sampling
         For weights: arguments of :class:`generation.options.Options` such as ``solver``,
         ``steps``, ``dtype`` and ``device``, and ``decode`` and ``progress`` of
-        :class:`generation.latent.LatentDiffusion`.
+        :class:`generation.latent.LatentDiffusion`. GANs take ``dtype`` and ``device`` alone.
 
     Raises
     ------
@@ -116,8 +117,11 @@ def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
     from generation.latent import LatentDiffusion
     from generation.options import Options
     from generation.pixel import PixelDiffusion
+    from generation.presets import Preset
 
     found = weights.load(name, weights_folder())
+    if not isinstance(found.preset, Preset):
+        return _gan(found, sampling)
     system = LatentDiffusion if found.preset.system == "latent" else PixelDiffusion
     others = {key: sampling.pop(key) for key in ("decode", "progress") if key in sampling}
     if system is PixelDiffusion:
@@ -129,6 +133,22 @@ def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise GeneratorError(f"{name} cannot sample like this: {reason}") from None
+
+
+def _gan(found: Weights, sampling: dict[str, Any]) -> Generator:
+    from generation.gan import OPTIONS, GanGenerator
+    from generation.options import Options
+
+    if meaningless := sorted(set(sampling) - OPTIONS):
+        raise GeneratorError(
+            f"{found.name} is a GAN, which makes a volume in one pass: it takes no "
+            f"{', '.join(meaningless)}"
+        )
+    try:
+        return GanGenerator(found, Options(**sampling))
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise GeneratorError(f"{found.name} cannot sample like this: {reason}") from None
 
 
 def _warn_once(name: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from generation.covariates import NAMES
 from generation.train.latents import Latents, encode, fingerprint
 from generation.train.loop import CONDITION, IMAGE, Data, Run
-from generation.train.settings import Settings
+from generation.train.settings import DiffusionSettings, Settings
 from generation.train.world import World
 from synthbrain.cohort import draw_cohort
 from synthbrain.dataset import SynthBrainDataset
@@ -26,7 +26,7 @@ from synthbrain.generators import weights_folder
 from synthbrain.progress import track
 
 if TYPE_CHECKING:
-    from generation.presets import Preset
+    from generation.presets import System
 
 PHANTOMS = "phantoms"
 _PHANTOMS = 1000
@@ -82,7 +82,7 @@ def fitted(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 def open_volumes(
     data: str,
-    preset: Preset,
+    preset: System,
     *,
     generator: str | None = "auto",
     store: Path | None = None,
@@ -263,6 +263,7 @@ class Training:
         self, world: World, train: Volumes, held_out: Volumes | None, *, progress: bool
     ) -> Run:
         assert self.autoencoder is not None
+        assert isinstance(self.settings, DiffusionSettings)
         encoder = open_encoder(self.autoencoder)
         folder = self.latents or self.out / "latents"
         kept: list[Data | None] = []
@@ -288,10 +289,7 @@ class Training:
                 "autoencoder, or change system.latent_shape"
             )
         encoder.network.to(world.device)
-        task = DiffusionTask(
-            self.settings,  # type: ignore[arg-type]
-            data, decode=encoder.decode, autoencoder=encoder.digest,
-        )  # fmt: skip
+        task = DiffusionTask(self.settings, data, decode=encoder.decode, autoencoder=encoder.digest)
         return Run(task, data, self.settings, self.out, world, others, self.workers)
 
     def _check(self, train: Volumes) -> None:
@@ -316,10 +314,13 @@ def sizes(settings: Settings) -> dict[str, int]:
 def _task(settings: Settings) -> Any:
     from generation.train.autoencoder import AutoencoderTask
     from generation.train.diffusion import DiffusionTask
+    from generation.train.gan import LsganTask, VaeGanTask
 
     tasks: dict[str, Callable[[Any], Any]] = {
         "autoencoder": AutoencoderTask,
         "pixel": DiffusionTask,
+        "vae-gan": VaeGanTask,
+        "lsgan": LsganTask,
     }
     return tasks[settings.kind](settings)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from generation.presets import Preset
+from generation.presets import System
 
 
 @contextmanager
@@ -19,23 +19,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def new_network(preset: Preset, name: str, seed: int) -> nn.Module:
-    """A network as MONAI starts it.
+def new_network(preset: System, name: str, seed: int) -> nn.Module:
+    """A network as its class starts it.
 
     Parameters
     ----------
     preset
         Its architecture.
     name
-        ``"unet"`` or ``"autoencoder"``.
+        One of its networks.
     seed
         Of its parameters.
     """
-    from monai.networks.nets import (  # type: ignore[attr-defined]
-        AutoencoderKL,
-        DiffusionModelUNet,
-    )
-
-    kind = AutoencoderKL if name == "autoencoder" else DiffusionModelUNet
     with seeded(seed):
-        return kind(**preset.networks[name])
+        return preset.make(name)

@@ -20,16 +20,22 @@ from generation import weights
 from generation.checkpoints import fitted, read_state, some
 from generation.covariates import NAMES
 from generation.errors import TrainingError, WeightsError
-from generation.presets import Preset, load_preset
+from generation.presets import Preset, System, load_preset, read_preset
 from generation.train import checkpoints
 
-RELEASED: dict[str, str] = {"autoencoder": "autoencoder", "diffusion": "unet", "pixel": "unet"}
+RELEASED: dict[str, str] = {
+    "autoencoder": "autoencoder",
+    "diffusion": "unet",
+    "pixel": "unet",
+    "vae-gan": "generator",
+    "lsgan": "generator",
+}
 """Which player of a run is released, by the run's kind; its system calls the network the same.
 
-Kinds of runs that train other networks enter here, with a :class:`Preset` that builds them."""
+Kinds of runs that train other networks enter here, with a :class:`System` that builds them."""
 
 _CHECKPOINT = re.compile(r"step-\d{9}\.pt")
-_OPTIONS = {"autoencoder": "--autoencoder", "unet": "--diffusion"}
+_OPTIONS = {"autoencoder": "--autoencoder", "unet": "--diffusion", "generator": "--generator"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Trained:
     preset
         The system it was trained for.
     network
-        ``"unet"`` or ``"autoencoder"``.
+        ``"unet"``, ``"autoencoder"`` or, of a GAN, ``"generator"``.
     state
         Its weights: averaged ones, where the run keeps an average.
     scale
@@ -55,7 +61,7 @@ class Trained:
     folder: Path
     step: int
     kind: str
-    preset: Preset
+    preset: System
     network: str
     state: Mapping[str, Tensor] = field(repr=False)
     scale: float = 1.0
@@ -143,7 +149,7 @@ def add(
     paths: Mapping[str, Path],
     folder: Path,
     *,
-    preset: str | Preset | None = None,
+    preset: str | System | None = None,
     target: str | None = None,
 ) -> weights.Weights:
     """Install weights from training runs, from files, or from one of each.
@@ -169,7 +175,8 @@ def add(
     runs = {network: trained(path) for network, path in paths.items() if is_run(path)}
     if not runs:
         files: dict[str, weights.Given] = dict(paths)
-        return weights.add(name, files, folder, preset=preset or "ukb-ldm", target=target)
+        usual = "lsgan" if "generator" in paths else "ukb-ldm"
+        return weights.add(name, files, folder, preset=preset or usual, target=target)
     for network, run in runs.items():
         _check_kind(network, run)
     system = _system(runs, _preset(preset), sorted(paths))
@@ -199,7 +206,7 @@ def _told(found: Mapping[str, Any], path: Path) -> Trained:
         folder=path.parent,
         step=int(found["step"]),
         kind=kind,
-        preset=Preset.model_validate(facts["system"]),
+        preset=read_preset(facts["system"]),
         network=network,
         state=dict(found["averages"].get(network) or found["modules"][network]),
         scale=_checked_scale(found["task"].get("scale", 1.0), path),
@@ -240,14 +247,22 @@ def _check_kind(network: str, run: Trained) -> None:
         )
 
 
-def _preset(preset: str | Preset | None) -> Preset | None:
+def _preset(preset: str | System | None) -> System | None:
     return load_preset(preset) if isinstance(preset, str) else preset
 
 
-def _system(runs: Mapping[str, Trained], asked: Preset | None, networks: list[str]) -> Preset:
-    """The system of some runs: the U-Net's, with the architecture of the autoencoder's."""
+def _system(runs: Mapping[str, Trained], asked: System | None, networks: list[str]) -> System:
+    """The system of some runs: a GAN's, or the U-Net's with the autoencoder's architecture."""
+    if "generator" in networks:
+        if len(networks) > 1:
+            raise WeightsError(f"a GAN is its generator alone, found {', '.join(networks)}")
+        return runs["generator"].preset
     unet, autoencoder = runs.get("unet"), runs.get("autoencoder")
     base = unet.preset if unet else asked or next(iter(runs.values())).preset
+    if not isinstance(base, Preset):
+        raise WeightsError(
+            f"this is a {base.system} system, expected a latent or pixel one for --diffusion"
+        )
     if base.system == "pixel" and "autoencoder" in networks:
         raise WeightsError(
             "this is a pixel system, which has no autoencoder; leave out --autoencoder, or give a "
@@ -266,7 +281,7 @@ def _system(runs: Mapping[str, Trained], asked: Preset | None, networks: list[st
     return base
 
 
-def _check_shapes(base: Preset, autoencoder: Trained) -> None:
+def _check_shapes(base: System, autoencoder: Trained) -> None:
     found = autoencoder.preset
     if "autoencoder" not in found.networks or found.shape != base.shape:
         raise WeightsError(
@@ -298,18 +313,20 @@ def _check_latents(preset: Preset) -> None:
 
 
 def _check_asked(
-    system: Preset, asked: Preset | None, target: str | None, runs: Mapping[str, Trained]
+    system: System, asked: System | None, target: str | None, runs: Mapping[str, Trained]
 ) -> None:
     """What was asked for must be what the runs say."""
     where = next(iter(runs.values())).folder
     if asked is not None and asked != system:
         fields = type(asked).model_fields
-        other = [key for key in fields if getattr(asked, key) != getattr(system, key)]
+        other = [key for key in fields if getattr(asked, key) != getattr(system, key, None)]
         raise WeightsError(
             f"the run in {where} has another system than --preset: {', '.join(other)} differ; "
             "leave out --preset, the run knows its system"
         )
-    if target is not None and "unet" in runs and target != system.target:
+    if target is None or "unet" not in runs or not isinstance(system, Preset):
+        return
+    if target != system.target:
         raise WeightsError(
             f"the run in {runs['unet'].folder} predicts {system.target!r}, found --target "
             f"{target!r}; leave out --target, the run knows it"
@@ -317,7 +334,7 @@ def _check_asked(
 
 
 def _scaled(
-    path: Path, given: weights.Given, system: Preset, runs: Mapping[str, Trained]
+    path: Path, given: weights.Given, system: System, runs: Mapping[str, Trained]
 ) -> weights.Given:
     """An autoencoder whose latents are at the scale the U-Net was trained at."""
     if runs["unet"].scale == 1:

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from generation.errors import TrainingError
-from generation.presets import Preset
+from generation.presets import GanPreset, Preset, System
+
+_SHOWN = 60
 
 Positive = Annotated[float, Field(gt=0)]
 Natural = Annotated[float, Field(ge=0)]
@@ -82,7 +84,7 @@ class Settings(_Strict):
     """
 
     kind: str
-    system: Preset
+    system: System
     source: str = ""
     steps: Count
     batch: Count = 1
@@ -125,6 +127,7 @@ class DiffusionSettings(Settings):
     """
 
     kind: Literal["diffusion", "pixel"]
+    system: Preset
     drop_conditions: Share = 0.0
     objective: Literal["mse", "l1"] = "mse"
     latent_scale: float | Literal["measured"] = 1.0
@@ -154,6 +157,7 @@ class AutoencoderSettings(Settings):
     """
 
     kind: Literal["autoencoder"]
+    system: Preset
     kl: Natural = 1e-7
     perceptual: Natural = 0.0
     perceptual_network: Literal["squeeze", "pyramid"] = "squeeze"
@@ -164,10 +168,47 @@ class AutoencoderSettings(Settings):
     crop: tuple[Count, Count, Count] | None = None
 
 
+class GanSettings(Settings):
+    """Settings of a GAN.
+
+    Parameters
+    ----------
+    system
+        Networks, length of the noise, shape.
+    """
+
+    kind: Literal["lsgan", "vae-gan"]
+    system: GanPreset
+
+
+class VaeGanSettings(GanSettings):
+    """Settings of a VAE-GAN.
+
+    Parameters
+    ----------
+    kl
+        Weight of the encoder's divergence from a standard normal distribution, summed over the
+        latent's values, beside half the squared difference of features, which is the mean over
+        all features. Larsen et al. 2016 sum that too: their equal weights are 1 over the number of
+        features here.
+    gamma
+        Weight of the features' difference for the generator, beside the discriminator's verdict.
+    features
+        Layer of the discriminator whose features are compared: ``"layer1"`` and so on.
+    """
+
+    kind: Literal["vae-gan"]
+    kl: Natural = 1e-6
+    gamma: Natural = 1.0
+    features: str = "layer3"
+
+
 KINDS: dict[str, type[Settings]] = {
     "autoencoder": AutoencoderSettings,
     "diffusion": DiffusionSettings,
     "pixel": DiffusionSettings,
+    "vae-gan": VaeGanSettings,
+    "lsgan": GanSettings,
 }
 """Settings by what is trained."""
 
@@ -246,8 +287,13 @@ def _checked(kind: str, fields: Mapping[str, Any]) -> Settings:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"]))
         raise TrainingError(
-            f"setting {place}: {problem['msg']}, found {problem['input']!r}"
+            f"setting {place}: {problem['msg']}, found {_short(problem['input'])}"
         ) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _change(fields: dict[str, Any], change: str) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the weights are called.")]
 
+_SYSTEMS = ("ukb-ldm", "medforj", "vae-gan", "lsgan")
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -71,21 +73,27 @@ def pull(
         "synthbrain weights add ours --autoencoder autoencoder.pt --diffusion model.pt",
         "synthbrain weights add pixel --preset medforj --diffusion ema.pt --target flow",
         "synthbrain weights add mine --autoencoder runs/autoencoder --diffusion runs/diffusion",
+        "synthbrain weights add gan --generator runs/lsgan",
     )
 )
 def add(
     name: Name,
     diffusion: Annotated[
-        Path, typer.Option(metavar="RUN|FILE", help="The U-Net's training run, or a checkpoint.")
-    ],
+        Path | None,
+        typer.Option(metavar="RUN|FILE", help="The U-Net's training run, or a checkpoint."),
+    ] = None,
     autoencoder: Annotated[
         Path | None,
         typer.Option(metavar="RUN|FILE", help="The autoencoder's; for latent systems."),
     ] = None,
+    generator: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN|FILE", help="Instead of both, a GAN's run or checkpoint."),
+    ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="SYSTEM", help="ukb-ldm or medforj: architecture and schedule.",
-                     show_default="the run's, ukb-ldm for files"),
+        typer.Option(metavar="SYSTEM", help="ukb-ldm, medforj, vae-gan or lsgan: the architecture.",
+                     show_default="the run's; for files ukb-ldm, or lsgan"),
     ] = None,
     target: Annotated[
         str | None,
@@ -101,11 +109,14 @@ def add(
     from generation.diffusion import TARGETS
     from generation.train import release
 
-    if preset not in (None, "ukb-ldm", "medforj"):
-        raise UsageError(f"--preset must be ukb-ldm or medforj; found {preset!r}")
+    if preset not in (None, *_SYSTEMS):
+        raise UsageError(f"--preset must be one of {', '.join(_SYSTEMS)}; found {preset!r}")
     if target is not None and target not in TARGETS:
         raise UsageError(f"--target must be one of {', '.join(TARGETS)}; found {target!r}")
-    paths = {"unet": diffusion} | ({} if autoencoder is None else {"autoencoder": autoencoder})
+    if (diffusion is None) == (generator is None):
+        raise UsageError("give --diffusion, or --generator for a GAN: one of the two")
+    given = {"unet": diffusion, "autoencoder": autoencoder, "generator": generator}
+    paths = {network: path for network, path in given.items() if path is not None}
     _installed(release.add(name, paths, _folder(), preset=preset, target=target))
 
 
@@ -162,4 +173,4 @@ def _entry(name: str, published: Published | None, here: Weights | None) -> dict
 
 
 def _origin(source: dict[str, str]) -> str:
-    return "training" if "unet_step" in source else "files"
+    return "training" if any(key.endswith("_step") for key in source) else "files"

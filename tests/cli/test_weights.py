@@ -64,6 +64,30 @@ def test_training_runs_are_a_generator(run, runs):
     assert done.exit_code == 0, done.stderr
 
 
+def test_gans_are_generators_too(run, tmp_path):
+    make_run(tmp_path / "runs" / "lsgan", "lsgan", preset=narrow("lsgan"))
+    done = run("weights", "add", "gan", "--generator", "runs/lsgan")
+    assert done.exit_code == 0, done.stderr
+    (gan,) = [e for e in json.loads(run("weights", "list", "--json").stdout) if e["digest"]]
+    assert (gan["system"], gan["covariates"], gan["source"]) == ("gan", "none", "training")
+    done = run("generate", "--generator", "gan", "-n", 2, "--out", "x")
+    assert done.exit_code == 0, done.stderr
+    assert len(list((tmp_path / "x").glob("*.nii.gz"))) == 2
+    for wrong, message in (
+        (("--steps", 5, "--solver", "ddim"), "is a GAN, which makes a volume in one pass: it takes "
+                                             "no solver, steps"),
+        (("--precision", "int8"), "dtype must be"),
+        (("--sex", "male"), "gan follows no covariates"),
+    ):  # fmt: skip
+        done = run("generate", "--generator", "gan", *wrong, "--out", "y")
+        assert done.exit_code == 2, done.stdout
+        assert message in done.stderr
+        assert done.stderr.count("error:") == 1
+    done = run("export-bundle", "gan", "bundle")
+    assert done.exit_code == 2
+    assert "gan is a gan system, expected a latent or pixel one" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -117,6 +141,10 @@ def test_pull_says_what_the_weights_are_for(run, monkeypatch):
         (("add", "x", "--diffusion", "gone.pt"), "expected files of autoencoder, unet"),
         (("add", "x", "--diffusion", "gone.pt", "--preset", "x"), "--preset must be"),
         (("add", "x", "--diffusion", "gone.pt", "--target", "x"), "--target must be one of"),
+        (("add", "x", "--generator", "gone.pt"), "gone.pt cannot be read"),
+        (("add", "x", "--generator", "a.pt", "--diffusion", "b.pt"), "one of the two"),
+        (("add", "x", "--autoencoder", "a.pt"), "give --diffusion, or --generator for a GAN"),
+        (("add", "x", "--generator", "a.pt", "--autoencoder", "b.pt"), "expected files of gener"),
     ],
 )
 def test_errors_are_one_line(run, line, message):
@@ -129,3 +157,4 @@ def test_errors_are_one_line(run, line, message):
 def test_presets_are_those_the_options_name():
     assert load_preset("ukb-ldm").system == "latent"
     assert load_preset("medforj").system == "pixel"
+    assert load_preset("vae-gan").system == load_preset("lsgan").system == "gan"

@@ -75,7 +75,7 @@ def test_what_is_no_brain_is_told(template):
 def test_a_spot_in_the_dark_is_told_and_not_fatal():
     voxels = np.zeros((64, 64, 64))
     voxels[29:35, 29:35, 29:35] = 1
-    with pytest.raises(ScanError, match="^cannot be registered: .*spacing") as told:
+    with pytest.raises(ScanError, match=r"^cannot be registered: .*spacing") as told:
         prepare(voxels, np.diag((2, 2, 2, 1)), SHAPE, GRID)
     assert "\n" not in str(told.value)
 

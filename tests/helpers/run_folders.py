@@ -6,6 +6,7 @@ import torch
 
 from generation.testing import random_network
 from generation.train import checkpoints
+from generation.train.release import RELEASED
 
 
 def state_of(preset, name, seed=0):
@@ -14,7 +15,7 @@ def state_of(preset, name, seed=0):
 
 def make_run(folder, kind, *, preset, step=7, seed=0, scale=None, average=False, **more):
     """A run's folder with one checkpoint, as the loop writes it."""
-    player = "autoencoder" if kind == "autoencoder" else "unet"
+    player = RELEASED.get(kind, "unet")
     facts = {"kind": kind, "system": preset.model_dump(mode="json"), "source": "a recipe"}
     modules = {player: state_of(preset, player, seed)}
     averages = {player: state_of(preset, player, seed + 100)} if average else {}

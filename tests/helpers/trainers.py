@@ -9,6 +9,7 @@ import torch
 from generation.testing import narrow
 from generation.train.autoencoder import AutoencoderTask
 from generation.train.diffusion import DiffusionTask
+from generation.train.gan import LsganTask, VaeGanTask
 from generation.train.loop import Run
 from generation.train.settings import settings
 from generation.train.world import World
@@ -66,9 +67,21 @@ class Volumes:
         return {"image": ball[None], "condition": torch.full((4,), index / 11)}
 
 
+class Grains(Volumes):
+    """The same with noise: in an even background all voxels pass an activation's kink at once."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        draw = torch.Generator().manual_seed(index)
+        grain = torch.rand(sample["image"].shape, generator=draw)
+        return sample | {"image": 0.8 * sample["image"] + 0.2 * grain}
+
+
 BASE = {"steps": 6, "batch": 4, "learning_rate": 1e-3, "precision": "float32", "average": 0.9,
         "keep_every": 2, "log_every": 1, "warm_up": 2, "validate_every": 0,
         "sheet_every": 0}  # fmt: skip
+
+GAN = {"betas": [0, 0.999], "learning_rate": 1e-4, "rates": {"discriminator": 4e-4}}
 
 KINDS = {
     "diffusion": (DiffusionTask, Latents, {"latent_scale": "measured", "drop_conditions": 0.2}),
@@ -79,13 +92,21 @@ KINDS = {
         "discriminator": {"channels": 4, "num_layers_d": 1},
         "augment": {"flip": 0.5, "affine": 0.5, "degrees": 10, "voxels": 1, "gamma": 0.1},
     }),
+    "vae-gan": (VaeGanTask, Grains, {
+        **GAN, "features": "layer2", "kl": 0.1,
+        "augment": {"flip": 0.5, "affine": 0.5, "degrees": 10},
+    }),
+    "lsgan": (LsganTask, Grains, {**GAN, "augment": {"flip": 0.5}}),
 }  # fmt: skip
 """By what is trained: the task, its data, and settings besides the common ones."""
 
 
 def chosen(kind, **changes):
     """Settings of a tiny run."""
-    system = tiny("medforj" if kind == "pixel" else "ukb-ldm")
+    if kind in ("vae-gan", "lsgan"):
+        system = narrow(kind).model_dump(mode="json")
+    else:
+        system = tiny("medforj" if kind == "pixel" else "ukb-ldm")
     return settings(BASE | {"kind": kind, "system": system} | KINDS[kind][2] | changes)
 
 

@@ -3,10 +3,12 @@
 import pandas as pd
 import pytest
 import torch
+import trainers
 from run_folders import make_run, state_of
 
 from generation import weights
 from generation.errors import WeightsError
+from generation.gan import GanGenerator
 from generation.latent import LatentDiffusion
 from generation.options import Options
 from generation.pixel import PixelDiffusion
@@ -178,7 +180,7 @@ def spoil(runs, how, tmp_path):
     elif how == "not of a run":
         torch.save({"model": {}}, unet / "step-000000009.pt")
     elif how == "unknown kind":
-        ldm_run(unet, "lsgan", step=9)
+        ldm_run(unet, "segmentation", step=9)
     elif how == "scale":
         ldm_run(unet, "diffusion", step=9, scale=float("nan"))
     elif how == "channels":
@@ -218,7 +220,7 @@ def spoil(runs, how, tmp_path):
         ("gone", "cannot read .*step-000000008.pt"),
         ("damaged", "cannot read .*step-000000007.pt"),
         ("not of a run", "is no checkpoint of a training run .* found model, expected step"),
-        ("unknown kind", "kind 'lsgan', expected one of autoencoder, diffusion, pixel"),
+        ("unknown kind", "kind 'segmentation', expected one of autoencoder, diffusion, pixel"),
         ("scale", "multiplied by nan, expected a positive number"),
         ("channels", r"latents of \(4, 4, 8, 4\), and the U-Net draws 3 channels of \(3, 4, 8, 4"),
         ("reduction", r"latents of \(3, 16, 32, 16\), and the U-Net draws"),
@@ -239,3 +241,44 @@ def test_what_does_not_fit_is_told_and_harms_nothing(runs, folder, how, message,
     assert "\n" not in str(caught.value)
     assert weights.load("mine", folder) == good
     assert len(list((folder / "mine").iterdir())) == 3
+
+
+class TestGans:
+    @pytest.fixture
+    def run(self, tmp_path):
+        return make_run(tmp_path / "lsgan", "lsgan", preset=narrow("lsgan"), average=True)
+
+    def test_a_run_is_a_generator(self, run, folder):
+        found = release.add("gan", {"generator": run}, folder)
+        assert found.preset == narrow("lsgan")
+        assert found.source == {
+            "generator": str(run), "generator_step": "7", "generator_kind": "lsgan",
+            "generator_recipe": "a recipe", "generator_layout": "synthbrain",
+        }  # fmt: skip
+        state = found.network("generator").state_dict()
+        expected = state_of(narrow("lsgan"), "generator", 100)
+        torch.testing.assert_close(state, expected, rtol=0, atol=0)
+        volume = GanGenerator(found).sample(pd.DataFrame({"seed": [1]}))
+        assert volume.shape == (1, 1, 16, 16, 16)
+
+    @pytest.mark.parametrize("kind", ["vae-gan", "lsgan"])
+    def test_what_the_trainers_really_write(self, folder, tmp_path, kind):
+        run, _ = trainers.trained(kind, tmp_path / "run", steps=1)
+        found = release.add("gan", {"generator": tmp_path / "run"}, folder)
+        state = found.network("generator").state_dict()
+        torch.testing.assert_close(state, run.weights("generator"), rtol=0, atol=0)
+
+    def test_what_does_not_fit_is_told(self, run, folder, tmp_path):
+        ldm = ldm_run(tmp_path / "diffusion", "diffusion", scale=1.0)
+        for paths, asked, message in (
+            ({"unet": run}, {}, "'lsgan', expected 'diffusion' or 'pixel' for --diffusion; give it "
+                                "as --generator"),
+            ({"generator": ldm}, {}, "expected 'vae-gan' or 'lsgan' for --generator; give it as"),
+            ({"generator": run, "unet": ldm}, {}, "a GAN is its generator alone"),
+            ({"generator": run}, {"preset": "ukb-ldm"}, "another system than --preset: system, "),
+            ({"generator": run}, {"target": "flow"}, "a GAN has no target, found 'flow'"),
+        ):  # fmt: skip
+            with pytest.raises(WeightsError, match=message) as caught:
+                release.add("gan", paths, folder, **asked)
+            assert "\n" not in str(caught.value)
+        assert not (folder / "gan").exists()
