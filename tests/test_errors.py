@@ -29,6 +29,9 @@ from synthbrain.errors import (
 )
 from synthbrain.testing import TINY, TinyGenerator, tiny_manifest
 
+KINDS = (SynthBrainError, CovariateError, errors.TrainingError, errors.WeightsError)
+"""Bases of what the command line tells in one line."""
+
 
 @pytest.fixture(scope="module")
 def manifest():
@@ -46,7 +49,7 @@ def assert_refused(act, kind, *says):
         act()
     message = str(refused.value)
     assert "\n" not in message
-    assert isinstance(refused.value, (SynthBrainError, CovariateError, errors.WeightsError))
+    assert isinstance(refused.value, KINDS)
     for part in says:
         assert part in message, message
 
@@ -341,5 +344,5 @@ def test_every_error_is_also_the_builtin_one_would_expect(name):
     kind = getattr(errors, name)
     if kind is not SynthBrainError:
         assert issubclass(kind, (ValueError, OSError, LookupError))
-        assert issubclass(kind, (SynthBrainError, CovariateError, errors.WeightsError))
+        assert issubclass(kind, KINDS)
     assert re.match(r"[A-Z].*\.", kind.__doc__ or "")
