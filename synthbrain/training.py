@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from generation.covariates import NAMES
 from generation.train.latents import Latents, encode, fingerprint
-from generation.train.loop import CONDITION, IMAGE, Data, Run
+from generation.train.loop import CONDITION, IMAGE, SHEETS, Data, Run
 from generation.train.settings import DiffusionSettings, Settings
 from generation.train.world import World
 from synthbrain.cohort import draw_cohort
@@ -348,5 +348,5 @@ def advance(run: Run, *, until: int | None = None) -> Iterator[dict[str, float]]
     with Board(run.folder / "tensorboard", run.step) as board:
         for line in run.advance(until):
             board.add(line)
-            board.add_sheet(run.sheet, run.step)
+            board.add_sheets(run.folder / SHEETS)
             yield line

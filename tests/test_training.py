@@ -106,7 +106,7 @@ def test_a_model_from_cohort_to_latents_to_denoiser(training, tmp_path):
     run = training("autoencoder", "ae", changes={"crop": None}).start(progress=False)
     lines = list(advance(run))
     assert lines[-1]["step"] == 3
-    assert any((tmp_path / "ae" / "tensorboard").iterdir())
+    assert shown_by_tensorboard(tmp_path / "ae") == ({"autoencoder", "kl", "l1"}, [])
     second = training("diffusion", "ldm", autoencoder=str(tmp_path / "ae"))
     run = second.start(progress=False)
     assert run.task.autoencoder == open_encoder(str(tmp_path / "ae")).digest
@@ -119,6 +119,15 @@ def test_a_model_from_cohort_to_latents_to_denoiser(training, tmp_path):
     assert list(advance(again))[-1]["step"] == 3
 
 
+def shown_by_tensorboard(folder):
+    """Some names of scalars, and the steps of sample sheets."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    sheets = [e.step for e in events.Images("samples")] if events.Tags()["images"] else []
+    return {"autoencoder", "kl", "l1", "unet"} & set(events.Tags()["scalars"]), sheets
+
+
 def test_sheets_of_a_latent_model_are_decoded(training, tmp_path):
     from PIL import Image
 
@@ -128,6 +137,7 @@ def test_sheets_of_a_latent_model_are_decoded(training, tmp_path):
                  .start(progress=False)))  # fmt: skip
     page = Image.open(tmp_path / "run" / "sheets" / "step-000000003.png")
     assert page.width > 3 * 2 * SHAPE[0]
+    assert shown_by_tensorboard(tmp_path / "run") == ({"unet"}, [0, 3])
 
 
 def test_latents_of_another_autoencoder_are_not_mixed_in(training, tmp_path):

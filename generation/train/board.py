@@ -27,6 +27,7 @@ class Board:
             self._writer = None
         else:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._shown = step if step else -1
 
     @property
     def installed(self) -> bool:
@@ -53,11 +54,15 @@ class Board:
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
 
-    def add_sheet(self, path: Path, step: int) -> None:
-        """A sample sheet, if there is one of this step."""
-        if self._writer is None or not path.is_file():
+    def add_sheets(self, folder: Path) -> None:
+        """Sample sheets ``step-….png`` of later steps than those added before."""
+        if self._writer is None:
             return
         from PIL import Image
 
-        pixels = np.asarray(Image.open(path).convert("L"))
-        self._writer.add_image("samples", pixels, step, dataformats="HW")
+        for path in sorted(folder.glob("step-*.png")):
+            step = int(path.stem.removeprefix("step-"))
+            if step > self._shown:
+                pixels = np.asarray(Image.open(path).convert("L"))
+                self._writer.add_image("samples", pixels, step, dataformats="HW")
+                self._shown = step

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from generation.engine import peak_bytes
 from generation.errors import TrainingError
 from generation.train import checkpoints
 from generation.train.settings import Settings
 from generation.train.sheets import draw_sheet
 from generation.train.world import World, checks, draws, row_of
+
+SHEETS = "sheets"
+"""Where in a run's folder sample sheets are."""
 
 _VALIDATED, _SHOWN = 16, 3
 
@@ -184,12 +188,16 @@ class Run:
     def advance(self, until: int | None = None) -> Iterator[dict[str, float]]:
         """Train up to a step, the last one by default; yields what is logged, when it is.
 
+        A new run validates and draws a sheet before its first step: what fails, fails early.
+
         Raises
         ------
         TrainingError
             The loss is not finite any more, or a checkpoint cannot be written.
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
+        if self.step == 0:
+            yield from self._look(due=False)
         began, first = time.perf_counter(), self.step
         for feed in self._feeds(end):
             losses = self._take_step(feed)
@@ -197,15 +205,20 @@ class Run:
             if self.told is not None:
                 self.told(self.step)
             last = self.step == self.settings.steps
-            if self._due(self.settings.sheet_every, last):
-                self.show()
+            yield from self._look(due=not last)
             if self._due(self.settings.log_every) or self.step == end:
                 rate = (self.step - first) / (time.perf_counter() - began)
                 yield self._log(losses | {"samples_per_second": rate * self.settings.batch})
-            if self._due(self.settings.validate_every, last):
-                yield self._log(self.validate())
             if last or self._due(self.settings.keep_every):
                 self.keep()
+
+    def _look(self, *, due: bool) -> Iterator[dict[str, float]]:
+        """Validate and draw a sheet: where due, or at both ends of a run anyway."""
+        settings = self.settings
+        if settings.sheet_every and (not due or self._due(settings.sheet_every)):
+            self.show()
+        if settings.validate_every and (not due or self._due(settings.validate_every)):
+            yield self._log(self.validate())
 
     def keep(self) -> None:
         """Write a checkpoint."""
@@ -231,13 +244,9 @@ class Run:
                     found[name] = found.get(name, 0.0) + float(value) / len(batches)
         return {f"validation/{name}": value for name, value in found.items()}
 
-    @property
-    def sheet(self) -> Path:
-        """Where the sample sheet of this step is, if one is due."""
-        return self.folder / "sheets" / f"step-{self.step:09d}.png"
-
     def show(self) -> None:
         """Draw what the averaged networks make on a sample sheet."""
+        path = self.folder / SHEETS / f"step-{self.step:09d}.png"
         if self.world.rank == 0:
             with self._averaged(), self._precision():
                 shown = [
@@ -245,7 +254,7 @@ class Run:
                     for place in self._places(_SHOWN)
                     for p in self.task.show(self._held_out(place))
                 ]
-            draw_sheet(shown, self.sheet, f"step {self.step:,}")
+            draw_sheet(shown, path, f"step {self.step:,}")
         self.world.barrier()
 
     def _take_step(self, feed: list[Sample]) -> dict[str, float]:
@@ -361,13 +370,12 @@ class Run:
             else:
                 kept.copy_(value)
 
-    def _due(self, every: int, last: bool = False) -> bool:
-        return every > 0 and (last or self.step % every == 0)
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def _log(self, values: dict[str, float]) -> dict[str, float]:
         line = {**values, "step": self.step}
-        if self.world.device.type == "cuda":
-            line["peak_gb"] = torch.cuda.max_memory_allocated(self.world.device) / 1e9
+        line["peak_gb"] = peak_bytes(self.world.device) / 1e9
         if self.world.rank == 0:
             with (self.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
