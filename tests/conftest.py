@@ -1,9 +1,16 @@
 import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # or page faults take a third of torch's time
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # They and the processes they start share the cores; torch and numpy read it when they load.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from synthbrain.manifest import Manifest
@@ -24,12 +31,22 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def atlas_cache(tmp_path_factory):
+def shared(tmp_path_factory):
+    """A folder for all tests of a run, also those of its other workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if workers else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def atlas_cache(shared):
     """A folder with the phantoms' atlas, which takes a while to derive."""
     from generation.atlas import load_atlas
 
-    folder = tmp_path_factory.mktemp("atlas")
-    load_atlas(folder)
+    folder = shared / "atlas"
+    with FileLock(f"{folder}.lock"):
+        load_atlas(folder)
     return folder
 
 
@@ -42,10 +59,12 @@ def phantom(atlas_cache):
 
 
 @pytest.fixture
-def phantom_home(home, atlas_cache):
-    """A home whose phantoms find their atlas ready."""
+def phantom_home(home, shared, atlas_cache):
+    """A home whose phantoms find their atlas ready, and what another such home has stored."""
     home.mkdir()
     (home / "cache").symlink_to(atlas_cache)
+    (shared / "store").mkdir(exist_ok=True)
+    (home / "store").symlink_to(shared / "store")
     return home
 
 

@@ -310,7 +310,7 @@ def published_by_somebody(released, home, tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [2, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["tar", "url", "packs"])
 def test_a_pull_that_is_killed_goes_on_and_shows_no_bad_volume(
     released, home, tmp_path, kind, most

@@ -633,7 +633,7 @@ KILL = (
 )
 
 
-@pytest.fixture(params=["tiny", "larger"])
+@pytest.fixture(params=["larger", pytest.param("tiny", marks=pytest.mark.slow)])
 def saved(request, tmp_path, of_geometry):
     """Folder of a manifest of 40 recipes."""
     large = Geometry(shape=(64, 64, 64), chunks=(32, 32, 32))
@@ -652,7 +652,7 @@ SHARE = (
     FILL
     + """
     count = int(sys.argv[3])
-    children = [start(folder / "store", folder / f"{number}.log", 0.002) for number in range(count)]
+    children = [start(folder / "store", folder / f"{number}.log", 0.005) for number in range(count)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
     assert check(folder / "store") == len(manifest)
     assert not list((folder / "store").rglob("*.claim"))
@@ -665,7 +665,7 @@ SHARE = (
 )
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_share_a_fill_and_make_hardly_anything_twice(tmp_path, python, count):
     saved = tiny_manifest(200).save(tmp_path / "many")
     made = list(map(int, python(SHARE, saved, tmp_path, count).split()))

@@ -20,8 +20,8 @@ MEASURED = (VENTRICULAR_VOLUME, BRAIN_VOLUME)
 
 # Trained ranges from end to end: sex, age, ventricular volume, brain volume.
 SPAN = (
-    (0, 0.10, 0.00, 1.00), (1, 0.30, 0.15, 0.75), (0, 0.45, 0.30, 0.50), (1, 0.60, 0.45, 0.95),
-    (0, 0.75, 0.60, 0.25), (1, 0.85, 0.75, 0.60), (0, 0.95, 0.90, 0.10), (1, 1.00, 1.00, 0.00),
+    (0, 0.10, 0.00, 1.00), (1, 0.30, 0.15, 0.75), (1, 0.60, 0.45, 0.95), (0, 0.75, 0.60, 0.25),
+    (1, 1.00, 1.00, 0.00),
 )  # fmt: skip
 
 
@@ -62,8 +62,17 @@ def errors(generator, table):
     return np.array(got) - asked
 
 
+@pytest.mark.slow
 def test_it_keeps_the_contract(generator):
     check_generator(generator)
+
+
+def test_volumes_are_float32_between_0_and_1(generator, pair):
+    volumes, _ = pair
+    assert (volumes.shape, volumes.dtype) == ((2, *generator.shape), torch.float32)
+    assert torch.isfinite(volumes).all()
+    assert volumes.min() >= 0
+    assert volumes.max() <= 1
 
 
 def test_measured_volumes_are_the_asked_ones(generator):
@@ -159,7 +168,7 @@ def test_nothing_folds_far_beyond_the_range(generator, ventricles, brain, seed):
 
 
 def test_ventricles_extrapolate(generator):
-    asked = (-0.5, 0.0, 1.0, 1.4, 1.9)
+    asked = (-0.5, 0.0, 1.9)
     found = [normalised(generator.sample(rows((1, 0.5, v, 0.4)))[0])[0] for v in asked]
     assert found[1:] == pytest.approx(asked[1:], abs=0.04)
     assert -0.1 < found[0] < found[1] - 0.01, "they shrink, and do not vanish"
@@ -180,28 +189,27 @@ def test_processes_and_threads_do_not_matter(generator, pair, python):
         import pandas as pd, torch
 
         generator, table = pickle.loads(bytes.fromhex(sys.argv[1]))
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            print(hashlib.sha256(generator.sample(table).numpy().tobytes()).hexdigest())
+        torch.set_num_threads(3)
+        print(hashlib.sha256(generator.sample(table).numpy().tobytes()).hexdigest())
     """
     here = hashlib.sha256(volumes[0].numpy().tobytes()).hexdigest()
     there = python(script, pickle.dumps((generator, table.iloc[:1])).hex())
-    assert there.split() == [here, here]
+    assert there.split() == [here]
 
 
 def test_batches_do_not_matter(generator, pair, monkeypatch):
     volumes, table = pair
-    third = rows(SPAN[4], seed=3)
-    apart = torch.cat([volumes[:, None], generator.sample(third)])
+    other = rows(SPAN[-1], seed=3)
+    apart = torch.cat([generator.sample(other), volumes[:1, None]])
     monkeypatch.setattr(generator, "batch_size", 2)
-    together = generator.sample(pd.concat([third, table]).iloc[[1, 0, 2]])
-    assert together.shape == (3, 1, 160, 224, 160)
-    assert (together - apart[[0, 2, 1]]).abs().max() <= 1e-4
+    together = generator.sample(pd.concat([other, table.iloc[:1]]))
+    assert together.shape == (2, 1, 160, 224, 160)
+    assert (together - apart).abs().max() <= 1e-4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_makes_the_same(generator):
-    table = rows(SPAN[1], SPAN[4], SPAN[7])
+    table = rows(SPAN[1], SPAN[3], SPAN[4])
     on_gpu = PhantomGenerator(cache=generator.cache, device="cuda")
     assert on_gpu.batch_size > 1
     assert (on_gpu.sample(table).cpu() - generator.sample(table)).abs().max() <= 1e-4

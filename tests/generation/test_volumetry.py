@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -22,12 +24,21 @@ def ellipsoid(axes, offset=(0, 0, 0)):
     return inside, 4 / 3 * np.pi * np.prod(axes)
 
 
+@functools.cache
+def shells():
+    """A head without ventricles, and its intracranial and brain volume."""
+    image, volumes = np.full(SHAPE, AIR), []
+    for axes, value in ((HEAD, SKIN), (SKULL, BONE), (INNER, CSF), (BRAIN, GREY), (CORE, WHITE)):
+        inside, volume = ellipsoid(axes)
+        image += (value - image) * inside
+        volumes.append(volume)
+    return image, volumes[2], volumes[3]
+
+
 def head(horns, *, aside=14):
     """A head of nested shells whose ventricles are ellipsoids, and what there is to measure."""
-    image = np.full(SHAPE, AIR)
-    intracranial, brain = ellipsoid(INNER)[1], ellipsoid(BRAIN)[1]
-    for axes, value in ((HEAD, SKIN), (SKULL, BONE), (INNER, CSF), (BRAIN, GREY), (CORE, WHITE)):
-        image += (value - image) * ellipsoid(axes)[0]
+    image, intracranial, brain = shells()
+    image = image.copy()
     ventricles = 0.0
     for axes, side in zip(horns, (-aside, aside), strict=False):
         inside, volume = ellipsoid(axes, (side, -5, 3))

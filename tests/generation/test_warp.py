@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import interpolate, ndimage
 
@@ -12,6 +12,9 @@ from generation.warp import Grid, exponential, look_up, positions, spread
 CPU = torch.device("cpu")
 BOX = Grid((-20.0, 30.0, 5.0), (2.0, -2.0, 2.0))
 SHAPE = (20, 22, 24)
+
+FEWER = settings(max_examples=40)
+"""For flows, of which each takes 10 to 30 ms."""
 
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(*[st.integers(2, 7)] * 3)
@@ -84,6 +87,7 @@ def test_every_row_may_have_a_field_of_its_own():
         assert torch.equal(both[number], look_up(fields[number], grid, points[:1])[0])
 
 
+@FEWER
 @given(st.tuples(*[st.floats(-5, 5)] * 3), st.floats(-2, 2))
 def test_a_constant_velocity_moves_everything_alike(speed, time):
     field = torch.tensor(speed).view(3, 1, 1, 1).expand(3, *SHAPE)
@@ -92,11 +96,13 @@ def test_a_constant_velocity_moves_everything_alike(speed, time):
     assert torch.allclose(flow, expected.view(1, 3, 1, 1, 1).expand_as(flow), atol=1e-4)
 
 
+@FEWER
 @given(seeds)
 def test_no_time_moves_nothing(seed):
     assert not exponential(velocity(seed), BOX, torch.zeros(2)).any()
 
 
+@FEWER
 @given(seeds, st.floats(0.1, 1.5))
 def test_flowing_back_undoes_flowing(seed, time):
     there, back = exponential(velocity(seed), BOX, torch.tensor([time, -time]))[:, None]
@@ -104,6 +110,7 @@ def test_flowing_back_undoes_flowing(seed, time):
     assert left.abs().max() < 0.4
 
 
+@FEWER
 @given(seeds, st.floats(-1, 1), st.floats(-1, 1))
 def test_flowing_twice_is_flowing_for_the_sum_of_the_times(seed, one, other):
     field = velocity(seed)
@@ -119,6 +126,7 @@ def test_times_of_a_batch_do_not_meet():
         assert torch.equal(together[number], exponential(field, BOX, times[number : number + 1])[0])
 
 
+@FEWER
 @given(seeds, st.floats(-1.5, 1.5))
 def test_a_smooth_flow_does_not_fold(seed, time):
     at = moved(exponential(velocity(seed), BOX, torch.tensor([time])))[0].double()

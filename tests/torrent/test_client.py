@@ -37,7 +37,12 @@ def scattered(archive, count=20):
 
 @pytest.mark.parametrize(
     ("program", "piece"),
-    [("transmission", 64), ("aria2", 64), ("aria2", 256), ("aria2", 1024)],
+    [
+        ("transmission", 64),
+        pytest.param("aria2", 64, marks=pytest.mark.slow),
+        ("aria2", 256),
+        ("aria2", 1024),
+    ],
 )
 def test_scattered_members_cost_their_pieces(archive, bytes_of, covering, program, piece, tmp_path):
     torrent, extents = archive.torrent(piece << 10), scattered(archive)
@@ -265,7 +270,7 @@ def worker_of(reader):
     return int(pid)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on(small, small_torrent, tmp_path, kills):
     draw = random.Random(3)
     done = tmp_path / "done"

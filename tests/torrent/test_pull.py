@@ -33,7 +33,7 @@ def torrent(released):
     return path
 
 
-@pytest.fixture(params=["transmission", "aria2"])
+@pytest.fixture(params=["aria2", pytest.param("transmission", marks=pytest.mark.slow)])
 def peer(request, released, torrent, tmp_path):
     folder = released.tar.parent
     if request.param == "aria2":
@@ -117,7 +117,7 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_pull_that_is_killed_goes_on_and_shows_no_bad_volume(released, torrent, home, kills):
     rng = np.random.default_rng(5)
     with peers.aria2_seed(released.tar.parent, torrent) as aria2:
