@@ -276,8 +276,11 @@ class TorrentBytes:
         return self._last[1]
 
     def _sound(self, process: Process, piece: int) -> bytes:
-        """A piece that matches its hash: as it lies there, flushed, or fetched once more."""
-        for remedy in (None, self._flush, self._refetch):
+        """A piece that matches its hash: as it lies there, flushed, or fetched once more.
+
+        A piece that was just fetched may still be on its way to the disk, hence the second flush.
+        """
+        for remedy in (None, self._flush, self._refetch, self._flush):
             if remedy is not None:
                 remedy(process, piece)
             data = read_piece(self._meta, self._folder / "data", piece)
