@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -62,9 +63,9 @@ class System(_Strict):
         """Networks that sampling needs: those that are installed."""
         return tuple(self.networks)
 
+    @abstractmethod
     def make(self, network: str) -> nn.Module:
         """The named network, new, with the parameters PyTorch's randomness gives it."""
-        raise NotImplementedError
 
     def build(self, network: str) -> nn.Module:
         """The named network with parameters on the meta device, to be loaded into.
