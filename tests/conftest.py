@@ -59,6 +59,17 @@ def phantom(atlas_cache):
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny networks are slower with several."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def phantom_home(home, shared, atlas_cache):
     """A home whose phantoms find their atlas ready, and what another such home has stored."""
     home.mkdir()

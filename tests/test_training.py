@@ -14,16 +14,9 @@ from synthbrain.errors import UsageError, WeightsError
 from synthbrain.testing import TinyGenerator, tiny_manifest
 from synthbrain.training import Training, advance, fitted, open_encoder, open_volumes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (32, 32, 32)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks are slower with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

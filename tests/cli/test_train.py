@@ -1,19 +1,11 @@
 import json
 
 import pytest
-import torch
 import trainers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (32, 32, 32)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks are slower with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
