@@ -9,3 +9,7 @@ class WeightsError(ValueError):
 
 class TrainingError(ValueError):
     """A training run that cannot start, go on, or be read."""
+
+
+class EvaluationError(ValueError):
+    """Volumes, tables or files that cannot be evaluated."""

@@ -86,6 +86,7 @@ class Weights:
                 f"cannot read {path} ({error}); install {self.name!r} again"
             ) from None
         module = self.preset.build(name)
+        state = {key: tensor.float() for key, tensor in state.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False)
 
@@ -185,6 +186,7 @@ def add(
     preset: str | System = "ukb-ldm",
     target: str | None = None,
     source: Mapping[str, str] | None = None,
+    half: bool = False,
 ) -> Weights:
     """Install weights from files; from training runs: :func:`generation.train.release.add`.
 
@@ -204,6 +206,8 @@ def add(
         What the U-Net predicts, if not what the preset's does; not for GANs.
     source
         Where they came from; the files' paths by default.
+    half
+        Keep them as float16: half the size, rounded to 11 bits. They are used as float32.
 
     Raises
     ------
@@ -222,7 +226,7 @@ def add(
     with FileLock(folder / f".{name}.lock"):
         home.mkdir(exist_ok=True)
         try:
-            told = {n: _convert(given, n, system, home) for n, given in files.items()}
+            told = {n: _convert(given, n, system, home, half) for n, given in files.items()}
             kept = {network: file for network, (file, _) in told.items()}
             layouts = {f"{network}_layout": layout for network, (_, layout) in told.items()}
             facts = {
@@ -267,7 +271,7 @@ def _target(system: System, asked: str | None) -> str:
     return ""
 
 
-def _convert(given: Given, network: str, preset: System, home: Path) -> tuple[str, str]:
+def _convert(given: Given, network: str, preset: System, home: Path, half: bool) -> tuple[str, str]:
     """Write a checkpoint's tensors under a name that holds their hash; it and their layout."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -275,6 +279,8 @@ def _convert(given: Given, network: str, preset: System, home: Path) -> tuple[st
     found = given if isinstance(given, Mapping) else read_state(Path(given))
     where = "what was given" if isinstance(given, Mapping) else str(given)
     state, layout = fitted(found, network, preset, where)
+    if half:
+        state = {key: tensor.half() for key, tensor in state.items()}
     scratch = home / _SCRATCH
     try:
         save_file(state, scratch)

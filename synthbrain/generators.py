@@ -30,7 +30,7 @@ def _phantom() -> Generator:
     return PhantomGenerator(cache=home() / "cache")
 
 
-GENERATORS: dict[str, Callable[[], Generator]] = {"phantom": _phantom}
+GENERATORS: dict[str, Callable[..., Generator]] = {"phantom": _phantom}
 """Embedded generators, best first; without weights ``"auto"`` takes the first one."""
 
 _warned: set[str] = set()
@@ -39,6 +39,19 @@ _warned: set[str] = set()
 def weights_folder() -> Path:
     """Where installed weights lie."""
     return home() / "weights"
+
+
+def find_weights(name: str) -> Weights:
+    """Installed weights.
+
+    Raises
+    ------
+    WeightsError
+        There are none of that name.
+    """
+    from generation import weights
+
+    return weights.load(name, weights_folder())
 
 
 def load_generator(name: str, **sampling: Any) -> Generator:
@@ -63,13 +76,14 @@ def load_generator(name: str, **sampling: Any) -> Generator:
         if name != PREFERRED:
             _warn_once(name)
     if name not in GENERATORS:
-        return _from_weights(name, sampling)
+        _check_installed(name)
+        return _from_weights(find_weights(name), sampling)
     if sampling:
         raise GeneratorError(
             f"generator {name!r} takes no {', '.join(sorted(sampling))}: only generators with "
             "weights do"
         )
-    return GENERATORS[name]()
+    return GENERATORS[name](**sampling)
 
 
 def identity(generator: Generator) -> str:
@@ -99,27 +113,29 @@ def _is_installed(name: str) -> bool:
     return (weights_folder() / name / "weights.json").is_file()
 
 
-def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
-    from generation import weights
+def _check_installed(name: str) -> None:
     from generation.hub import PUBLISHED
 
-    if not _is_installed(name):
-        if name in PUBLISHED:
-            raise GeneratorError(
-                f"the weights of {name!r} are not in {weights_folder()}; fetch them with "
-                f"`synthbrain weights pull {name}`"
-            )
-        known = ", ".join(["auto", *GENERATORS, *PUBLISHED])
+    if _is_installed(name):
+        return
+    if name in PUBLISHED:
         raise GeneratorError(
-            f"unknown generator {name!r}; expected one of {known}, weights added with `synthbrain "
-            "weights add`, or an object with the methods of generation.generator.Generator"
+            f"the weights of {name!r} are not in {weights_folder()}; fetch them with "
+            f"`synthbrain weights pull {name}`"
         )
+    known = ", ".join(["auto", *GENERATORS, *PUBLISHED])
+    raise GeneratorError(
+        f"unknown generator {name!r}; expected one of {known}, weights added with `synthbrain "
+        "weights add`, or an object with the methods of generation.generator.Generator"
+    )
+
+
+def _from_weights(found: Weights, sampling: dict[str, Any]) -> Generator:
     from generation.latent import LatentDiffusion
     from generation.options import Options
     from generation.pixel import PixelDiffusion
     from generation.presets import Preset
 
-    found = weights.load(name, weights_folder())
     if not isinstance(found.preset, Preset):
         return _gan(found, sampling)
     system = LatentDiffusion if found.preset.system == "latent" else PixelDiffusion
@@ -132,7 +148,7 @@ def _from_weights(name: str, sampling: dict[str, Any]) -> Generator:
         return system(found, options, **others)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise GeneratorError(f"{name} cannot sample like this: {reason}") from None
+        raise GeneratorError(f"{found.name} cannot sample like this: {reason}") from None
 
 
 def _gan(found: Weights, sampling: dict[str, Any]) -> Generator:
@@ -156,9 +172,9 @@ def _warn_once(name: str) -> None:
         return
     _warned.add(name)
     warnings.warn(
-        f"volumes will be made by {name!r}, a procedural stand-in: the weights of the published "
-        f"model (Pinaya et al. 2022) are not here. Fetch them with `synthbrain weights pull "
-        f"{PREFERRED}`, or ask for {name!r} by name to keep this one without a note",
+        f"volumes will be made by {name!r}, a stand-in that never saw people: the weights of the "
+        "published model (Pinaya et al. 2022) are not here. Fetch them with `synthbrain weights "
+        f"pull {PREFERRED}`, or ask for {name!r} by name to keep this one without a note",
         StandInWarning,
         stacklevel=4,
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from generation.covariates import NAMES
 from generation.preprocess import VERSION
+from generation.unires import version
 from synthbrain.errors import SynthBrainError, UsageError
 from synthbrain.header import Geometry, Header, Licence
 from synthbrain.progress import track
@@ -54,11 +55,14 @@ class Preparation:
         Without covariates: the rows' are placeholders, and the header says ``conditional: false``.
     geometry
         Grid of the volumes.
+    unires
+        Reconstruct scans at 1 mm with UniRes first; by default where it is installed.
 
     Raises
     ------
     UsageError
-        Nothing to prepare, no table of covariates, or ``out`` lies inside ``raw``.
+        Nothing to prepare, no table of covariates, ``out`` lies inside ``raw``, or UniRes is asked
+        for and not installed.
     ManifestError
         A table that is none.
 
@@ -73,6 +77,7 @@ class Preparation:
     participants: Path | None = None
     unconditional: bool = False
     geometry: Geometry = field(default_factory=Geometry)
+    unires: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.raw.is_dir():
@@ -81,6 +86,11 @@ class Preparation:
             raise UsageError(f"{self.out} lies inside {self.raw}; choose a folder outside of it")
         if self.unconditional and self.participants:
             raise UsageError("give --participants or --unconditional, not both")
+        if self.unires and version() is None:
+            raise UsageError(
+                "UniRes is not installed; `pip install git+https://github.com/brudfors/UniRes`, or "
+                "do without it"
+            )
         if not self.scans:
             raise UsageError(f"found no .nii or .nii.gz file below {self.raw}; give another folder")
         if self._covariates is not None and not any(map(self._is_known, self.scans)):
@@ -96,7 +106,9 @@ class Preparation:
 
     def todo(self) -> list[Scan]:
         """Scans that have no record yet; every file is read to find out."""
-        return [s for s in self._usable() if not is_done(self._kept, self.geometry, s)]
+        return [
+            s for s in self._usable() if not is_done(self._kept, self.geometry, self._unires, s)
+        ]
 
     def run(self, *, jobs: int = 1, progress: bool = True) -> list[Record]:
         """Prepare what is not prepared yet, then write manifest, store and report.
@@ -147,6 +159,11 @@ class Preparation:
         """Where finished scans are."""
         return self.out / "scans"
 
+    @property
+    def _unires(self) -> str:
+        """Version of UniRes to use; empty for none."""
+        return "" if self.unires is False else version() or ""
+
     @cached_property
     def _table(self) -> Path:
         return self.participants or self.raw / "participants.tsv"
@@ -185,7 +202,7 @@ class Preparation:
                 yield Record(id=scan.id, source=str(scan.path), reason=reason, measures={})
 
     def _records(self, scans: list[Scan], jobs: int) -> Iterator[Record]:
-        work = partial(prepare_file, self._kept, self.geometry)
+        work = partial(prepare_file, self._kept, self.geometry, self._unires)
         if jobs == 1:
             yield from map(work, scans)
             return
@@ -224,7 +241,10 @@ class Preparation:
             conditional=not self.unconditional,
             rows=0,
             licence=Licence(status="unknown", note="that of the raw scans"),
-            provenance={"prepared": f"synthbrain prepare, version {VERSION}"},
+            provenance={
+                "prepared": f"synthbrain prepare, version {VERSION}",
+                "reconstructed": f"UniRes {self._unires}" if self._unires else "no",
+            },
         )
 
     def _rows(self, ids: list[str]) -> pd.DataFrame:

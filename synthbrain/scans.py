@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from generation.preprocess import VERSION, ScanError, check_shape, prepare
+from generation.preprocess import VERSION, ScanError, check, check_shape, prepare
+from generation.unires import ReconstructionError, reconstruct
 from synthbrain.header import Geometry
 from synthbrain.nifti import gunzip
 from synthbrain.publish.files import write
@@ -64,7 +65,7 @@ def find_scans(raw: Path) -> list[Scan]:
     return [Scan(path, _id(path)) for path in (t1w if bids else files)]
 
 
-def prepare_file(folder: Path, geometry: Geometry, scan: Scan) -> Record:
+def prepare_file(folder: Path, geometry: Geometry, unires: str, scan: Scan) -> Record:
     """Prepare one file, or find its record; never raises for what is wrong with the file.
 
     Parameters
@@ -73,6 +74,8 @@ def prepare_file(folder: Path, geometry: Geometry, scan: Scan) -> Record:
         Where records are kept.
     geometry
         Grid of the volume.
+    unires
+        Version of UniRes that reconstructs the scan first; empty to do without.
     scan
         The file.
 
@@ -86,27 +89,27 @@ def prepare_file(folder: Path, geometry: Geometry, scan: Scan) -> Record:
         data = scan.path.read_bytes()
     except OSError as error:
         return Record(**same, reason=f"cannot be read: {error.strerror}", measures={})
-    key = _key(data, geometry)
+    key = _key(data, geometry, unires)
     found = _recorded(folder / key)
     if found is None:
-        found = _prepare(data, geometry, folder / key)
+        found = _prepare(data, geometry, unires, folder / key)
         write(folder / f"{key}.json", json.dumps(found, indent=2).encode())
     return Record(**same, key=key, **found)
 
 
-def is_done(folder: Path, geometry: Geometry, scan: Scan) -> bool:
+def is_done(folder: Path, geometry: Geometry, unires: str, scan: Scan) -> bool:
     """Whether a file has its record; it is read to find out.
 
     Parameters
     ----------
-    folder, geometry, scan
+    folder, geometry, unires, scan
         As in :func:`prepare_file`.
     """
     try:
         data = scan.path.read_bytes()
     except OSError:
         return False
-    return _recorded(folder / _key(data, geometry)) is not None
+    return _recorded(folder / _key(data, geometry, unires)) is not None
 
 
 def load(data: bytes) -> tuple[Array, Array]:
@@ -138,11 +141,14 @@ def load(data: bytes) -> tuple[Array, Array]:
         raise ScanError(f"cannot be read ({line}); fetch the file again") from None
 
 
-def _prepare(data: bytes, geometry: Geometry, stem: Path) -> dict[str, Any]:
+def _prepare(data: bytes, geometry: Geometry, unires: str, stem: Path) -> dict[str, Any]:
     """Measures of a scan and why it is left out, if it is; its volume and picture are written."""
     try:
-        done = prepare(*load(data), geometry.shape, geometry.affine)
-    except ScanError as error:
+        voxels, affine = load(data)
+        if unires:
+            voxels, affine = reconstruct(check(voxels, affine), affine)
+        done = prepare(voxels, affine, geometry.shape, geometry.affine)
+    except (ScanError, ReconstructionError) as error:
         return {"reason": str(error), "measures": {}}
     write(stem.with_suffix(".jpg"), picture(done.volume, geometry))
     reason = done.measures.problem()
@@ -163,9 +169,10 @@ def _recorded(stem: Path) -> dict[str, Any] | None:
     return found if found["reason"] or stem.with_suffix(".shard").exists() else None
 
 
-def _key(data: bytes, geometry: Geometry) -> str:
+def _key(data: bytes, geometry: Geometry, unires: str) -> str:
     """Name of what comes of a file: a hash of its bytes, of the code and of the grid."""
-    digest = hashlib.sha256(f"prepare {VERSION}\n{geometry.model_dump_json()}\n".encode())
+    code = f"prepare {VERSION}" + (f" UniRes {unires}" if unires else "")
+    digest = hashlib.sha256(f"{code}\n{geometry.model_dump_json()}\n".encode())
     digest.update(data)
     return digest.hexdigest()[:32]
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_unires
 import nibabel
 import numpy as np
 import pytest
@@ -213,7 +214,7 @@ def test_a_lost_volume_is_made_again(raw, done, tmp_path):
     scan = Scan(raw / "sub-01" / "anat" / "sub-01_ses-1_T1w.nii.gz", "sub-01_ses-1")
     (record,) = [r for r in done[1] if r.id == scan.id]
     (out / f"{record.key}.json").write_text(json.dumps({"reason": "", "measures": {}}))
-    assert prepare_file(out, SMALL, scan) == record
+    assert prepare_file(out, SMALL, "", scan) == record
     assert (out / f"{record.key}.shard").exists()
 
 
@@ -257,3 +258,22 @@ def test_what_cannot_be_prepared_is_refused_at_once(raw, tmp_path):
     (tmp_path / "ages.tsv").write_text("participant_id\tage\nsub-01\t60\n")
     with pytest.raises(ManifestError, match="columns for sex"):
         Preparation(raw, tmp_path / "out", tmp_path / "ages.tsv")
+
+
+def test_unires_is_used_where_it_is_installed(head, tmp_path):
+    raw = tmp_path / "raw"
+    put(raw / "a.nii.gz", *head)
+    put(raw / "b.nii.gz", head[0] * (1000 / head[0].max()), head[1])
+    with fake_unires.installed(tmp_path / "packages"):
+        job = Preparation(raw, tmp_path / "out", unconditional=True, geometry=SMALL)
+        good, bad = job.run(progress=False)
+        without = Preparation(raw, job.out, unconditional=True, geometry=SMALL, unires=False)
+        assert len(without.todo()) == 2
+    assert not good.reason
+    assert "cannot estimate" in bad.reason
+    assert Manifest.open(job.out / "manifest").header.provenance["reconstructed"] == "UniRes 0.3"
+
+
+def test_unires_that_is_not_there_is_refused(raw, tmp_path):
+    with pytest.raises(UsageError, match="UniRes is not installed"):
+        Preparation(raw, tmp_path / "out", unires=True)

@@ -17,5 +17,5 @@ def test_flat_folders_and_odd_names(tmp_path):
 def test_a_file_without_orientation_is_refused(tmp_path):
     image = nibabel.Nifti1Image(np.zeros((20, 20, 20), np.float32), None)
     nibabel.save(image, tmp_path / "a.nii")
-    found = prepare_file(tmp_path, Geometry(), Scan(tmp_path / "a.nii", "a"))
+    found = prepare_file(tmp_path, Geometry(), "", Scan(tmp_path / "a.nii", "a"))
     assert "no orientation" in found.reason

@@ -185,5 +185,5 @@ def read_preset(fields: Any) -> AnyPreset:
 
 
 def load_preset(name: str) -> AnyPreset:
-    """The preset called ``name``: ``"ukb-ldm"``, ``"medforj"``, ``"vae-gan"`` or ``"lsgan"``."""
+    """The preset of a published system, or of the embedded model: one of the files here."""
     return read_preset(json.loads(files(__name__).joinpath(f"{name}.json").read_text()))

@@ -151,6 +151,7 @@ def add(
     *,
     preset: str | System | None = None,
     target: str | None = None,
+    half: bool = False,
 ) -> weights.Weights:
     """Install weights from training runs, from files, or from one of each.
 
@@ -165,6 +166,8 @@ def add(
         Where to install; weights of that name are replaced.
     preset, target
         The system, and what its U-Net predicts. Runs know both: they must then agree, if given.
+    half
+        As in :func:`generation.weights.add`.
 
     Raises
     ------
@@ -176,7 +179,7 @@ def add(
     if not runs:
         files: dict[str, weights.Given] = dict(paths)
         usual = "lsgan" if "generator" in paths else "ukb-ldm"
-        return weights.add(name, files, folder, preset=preset or usual, target=target)
+        return weights.add(name, files, folder, preset=preset or usual, target=target, half=half)
     for network, run in runs.items():
         _check_kind(network, run)
     system = _system(runs, _preset(preset), sorted(paths))
@@ -189,7 +192,7 @@ def add(
         given[network] = fitted(found.state, network, system, str(path))[0] if found else path
     if "autoencoder" in paths and "unet" in runs:
         given["autoencoder"] = _scaled(paths["autoencoder"], given["autoencoder"], system, runs)
-    return weights.add(name, given, folder, preset=system, target=target, source=source)
+    return weights.add(name, given, folder, preset=system, target=target, source=source, half=half)
 
 
 def _told(found: Mapping[str, Any], path: Path) -> Trained:

@@ -20,10 +20,9 @@ def export_bundle(
     and with which options `synthbrain generate` gives the same volumes.
     """
     from generation.bundle import export
-    from generation.weights import load
-    from synthbrain.generators import weights_folder
+    from synthbrain.generators import find_weights
 
-    export(load(name, weights_folder()), out)
+    export(find_weights(name), out)
     say(f"{name} is a bundle in {out}; it needs monai, einops, fire and nibabel to run")
     say(f"next: python -m monai.bundle run --config_file {out}/configs/inference.json "
         f"--bundle_root {out} --seed 1")  # fmt: skip

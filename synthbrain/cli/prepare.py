@@ -36,6 +36,11 @@ def prepare(
     unconditional: Annotated[
         bool, typer.Option("--unconditional", metavar=" ", help="Do without covariates.")
     ] = False,
+    unires: Annotated[
+        bool | None,
+        typer.Option("--unires/--no-unires", help="Reconstruct scans at 1 mm with UniRes first.",
+                     show_default="where it is installed"),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Register, crop and scale raw scans: a manifest to train on.
@@ -45,7 +50,7 @@ def prepare(
     """
     from synthbrain.prepare import Preparation
 
-    job = Preparation(raw, out, participants, unconditional)
+    job = Preparation(raw, out, participants, unconditional, unires=unires)
     if dry_run:
         todo = len(job.todo())
         print(f"{len(job.scans):,} scans, {todo:,} to prepare to {out}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the weights are called.")]
 
-_SYSTEMS = ("ukb-ldm", "medforj", "vae-gan", "lsgan")
+_SYSTEMS = ("ukb-ldm", "demo-ldm", "medforj", "vae-gan", "lsgan")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,13 +92,21 @@ def add(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="SYSTEM", help="ukb-ldm, medforj, vae-gan or lsgan: the architecture.",
+        typer.Option(metavar="SYSTEM", help=f"The architecture: {', '.join(_SYSTEMS)}.",
                      show_default="the run's; for files ukb-ldm, or lsgan"),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="epsilon, sample, velocity or flow.",
                      show_default="the system's"),
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", metavar=" ", help="Keep them as float16, in half the space.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Install there, to hand them on.",
+                     show_default="where `weights path` says"),
     ] = None,
 ) -> None:  # fmt: skip
     """Install weights from training runs or files.
@@ -117,7 +125,13 @@ def add(
         raise UsageError("give --diffusion, or --generator for a GAN: one of the two")
     given = {"unet": diffusion, "autoencoder": autoencoder, "generator": generator}
     paths = {network: path for network, path in given.items() if path is not None}
-    _installed(release.add(name, paths, _folder(), preset=preset, target=target))
+    where = folder or _folder()
+    added = release.add(name, paths, where, preset=preset, target=target, half=half)
+    if folder is None:
+        _installed(added)
+        return
+    say(f"{name} is written ({added.digest[:8]})")
+    print(added.folder)
 
 
 @app.command(epilog=examples("synthbrain weights path ukb-ldm"))

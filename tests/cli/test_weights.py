@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ def test_training_runs_are_a_generator(run, runs):
     assert mine["source"] == "training"
     done = run("generate", "--generator", "mine", "--steps", 2, "--solver", "ddim", "--out", "x")
     assert done.exit_code == 0, done.stderr
+
+
+def test_weights_to_hand_on_are_not_installed(run, runs, tmp_path):
+    done = run("weights", "add", "mine", *runs, "--half", "--folder", "handed")
+    assert done.exit_code == 0, done.stderr
+    assert Path(done.stdout.strip()) == Path("handed/mine")
+    assert len(list((tmp_path / "handed" / "mine").glob("*.safetensors"))) == 2
+    assert run("weights", "path", "mine").exit_code == 2
 
 
 def test_gans_are_generators_too(run, tmp_path):

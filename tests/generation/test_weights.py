@@ -138,6 +138,14 @@ class TestAdd:
         torch.save({**state, key: state[key] + 1}, files["unet"])
         assert weights.add("a", files, folder, preset=LDM).digest != first
 
+    def test_half_takes_half_the_room_and_is_used_as_float32(self, old, files, folder):
+        whole, half = (weights.add(n, files, folder, preset=LDM, half=n == "b") for n in "ab")
+        sizes = [(w.folder / w.files["unet"]).stat().st_size for w in (whole, half)]
+        assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
+        for name, value in half.network("unet").state_dict().items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, new_state(old, "unet")[name].half().float())
+
     def test_pixel_systems_need_one_file(self, tmp_path, folder):
         unet = random_network(MEDFORJ, "unet")
         torch.save({"model": unet.state_dict(), "epoch": 1}, tmp_path / "ema.pt")
