@@ -17,19 +17,17 @@ from torch import Tensor, nn
 from generation.covariates import NAMES
 from generation.train.latents import Latents, encode, fingerprint
 from generation.train.loop import CONDITION, IMAGE, SHEETS, Data, Run
-from generation.train.settings import DiffusionSettings, Settings
+from generation.train.settings import DiffusionSettings, RegressionSettings, Settings
 from generation.train.world import World
-from synthbrain.cohort import draw_cohort
 from synthbrain.dataset import SynthBrainDataset
 from synthbrain.errors import TrainingError, UsageError
-from synthbrain.generators import weights_folder
+from synthbrain.generators import find_weights
+from synthbrain.named import opener
 from synthbrain.progress import track
 
 if TYPE_CHECKING:
     from generation.presets import System
 
-PHANTOMS = "phantoms"
-_PHANTOMS = 1000
 _HELD_OUT = 64
 
 
@@ -93,8 +91,7 @@ def open_volumes(
     Parameters
     ----------
     data
-        Name or folder of a manifest; a folder that `synthbrain prepare` wrote; or ``"phantoms"``,
-        ``"phantoms:500"`` for heads made on the way, 1000 without a number.
+        As in :func:`synthbrain.named.opener`.
     preset
         What is trained: decides the shape.
     generator, store
@@ -113,15 +110,7 @@ def open_volumes(
     SynthBrainError
         There is no such cohort, or nothing in it.
     """
-    make = functools.partial(SynthBrainDataset, generator=generator, store=store)
-    if data.partition(":")[0] == PHANTOMS:
-        make = functools.partial(make, _phantoms(data), generator="phantom")
-    elif (Path(data) / "manifest").is_dir():
-        folder = Path(data)
-        made = store or folder / "store"
-        make = functools.partial(make, folder / "manifest", generator=None, store=made)
-    else:
-        make = functools.partial(make, data)
+    make = opener(data, generator=generator, store=store)
     everything = make()
     splits = set(everything.table["split"])
     train = make(split="train" if "train" in splits else None, limit=limit)
@@ -130,13 +119,6 @@ def open_volumes(
         Volumes(train, preset.shape),
         None if held_out is None else Volumes(held_out, preset.shape),
     )
-
-
-def _phantoms(data: str) -> Any:
-    _, colon, text = data.partition(":")
-    if colon and not text.isdecimal():
-        raise UsageError(f"write {PHANTOMS} or {PHANTOMS}:500; found {data!r}")
-    return draw_cohort(int(text) if colon else _PHANTOMS, name=PHANTOMS)
 
 
 @dataclass(frozen=True)
@@ -178,7 +160,6 @@ def open_encoder(name: str) -> Encoder:
     WeightsError
         There is none.
     """
-    from generation import weights
     from generation.train import release
 
     path = Path(name)
@@ -192,7 +173,7 @@ def open_encoder(name: str) -> Encoder:
         network = found.preset.build("autoencoder")
         network.load_state_dict(dict(found.state), assign=True)
         return Encoder(network.requires_grad_(False), found.preset.networks["autoencoder"])
-    here = weights.load(name, weights_folder())
+    here = find_weights(name)
     if "autoencoder" not in here.files:
         raise TrainingError(f"{name} has no autoencoder; it is a {here.preset.system} system")
     return Encoder(here.network("autoencoder"), here.preset.networks["autoencoder"])
@@ -254,6 +235,13 @@ class Training:
             limit=self.limit,
         )  # fmt: skip
         self._check(train)
+        if isinstance(self.settings, RegressionSettings):
+            from generation.train.regression import RegressionRun, RegressionTask
+
+            regressor = RegressionTask(self.settings, train)
+            return RegressionRun(
+                regressor, train, self.settings, self.out, world, held_out, self.workers
+            )
         if self.autoencoder is not None:
             return self._denoiser(world, train, held_out, progress=progress)
         task = _task(self.settings)

@@ -109,10 +109,12 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     """Hex SHA-256 of a network's weights."""
     sha = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name].detach().cpu()
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         sha.update(
-            value.view(torch.uint8).numpy().tobytes() if value.ndim else repr(value).encode()
+            value.flatten().view(torch.uint8).numpy().tobytes()
+            if value.ndim
+            else repr(value).encode()
         )
     return sha.hexdigest()
 

@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from generation.errors import TrainingError
 from generation.presets import GanPreset, Preset, System
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SHOWN = 60
 
@@ -203,12 +206,88 @@ class VaeGanSettings(GanSettings):
     features: str = "layer3"
 
 
+REGRESSOR = "regressor"
+"""The one network of a regressor."""
+
+
+class RegressorSpec(_Strict):
+    """The network of a regressor.
+
+    Parameters
+    ----------
+    channels
+        Of each block; each halves the volume.
+    norm
+        ``"batch"`` as published, or ``"instance"``. Batch norms see the samples a process takes
+        through at once: with them ``accumulate`` and the number of processes change the result, and
+        the first process's averages are kept. Instance norms see one sample.
+    """
+
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    norm: Literal["batch", "instance"] = "batch"
+
+
+class RegressorPreset(System):
+    """A regressor; :mod:`generation.evaluate.regressor` says what its network is.
+
+    Parameters
+    ----------
+    targets
+        Covariates it tells, in this order.
+    downsample
+        Volumes are averaged over so many voxels along each axis before they are looked at.
+    """
+
+    system: Literal["regressor"]
+    networks: dict[str, RegressorSpec]
+    targets: Annotated[
+        tuple[Literal["sex", "age", "ventricular_volume", "brain_volume"], ...],
+        Field(min_length=1),
+    ]
+    downsample: Literal[1, 2, 4] = 1
+
+    def make(self, network: str) -> nn.Module:
+        """As in :class:`~generation.presets.System`: ``"regressor"``."""
+        from generation.evaluate.regressor import ColeNetwork
+
+        spec = self.networks[REGRESSOR]
+        return ColeNetwork(self.shape, spec.channels, len(self.targets), spec.norm, self.downsample)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if set(self.networks) != {REGRESSOR}:
+            raise ValueError(f"expected one network, {REGRESSOR!r}, found {list(self.networks)}")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets are named twice in {', '.join(self.targets)}")
+        blocks = len(self.networks[REGRESSOR].channels)
+        if any(side // self.downsample < 2**blocks for side in self.shape):
+            raise ValueError(
+                f"{blocks} blocks need {self.downsample * 2**blocks} voxels a side, found shape "
+                f"{self.shape}"
+            )
+        return self
+
+
+class RegressionSettings(Settings):
+    """Settings of a regressor of covariates.
+
+    Parameters
+    ----------
+    system
+        Its network, what it tells, and the shape of its volumes.
+    """
+
+    kind: Literal["regression"]
+    system: RegressorPreset
+
+
 KINDS: dict[str, type[Settings]] = {
     "autoencoder": AutoencoderSettings,
     "diffusion": DiffusionSettings,
     "pixel": DiffusionSettings,
     "vae-gan": VaeGanSettings,
     "lsgan": GanSettings,
+    "regression": RegressionSettings,
 }
 """Settings by what is trained."""
 

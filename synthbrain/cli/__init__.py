@@ -14,6 +14,7 @@ from synthbrain.cli import (
     archives,
     bundle,
     demo,
+    evaluate,
     generate,
     info,
     manifests,
@@ -77,6 +78,7 @@ volumes.register(app)
 pull.register(app)
 prepare.register(app)
 train.register(app)
+evaluate.register(app)
 archives.register(app)
 publish.register(app)
 generate.register(app)

@@ -22,6 +22,7 @@ PRESETS = {
     "pixel": "medforj",
     "vae-gan": "vae-gan",
     "lsgan": "lsgan",
+    "regression": "brain-age",
 }
 """What is trained, and the recipe taken by default."""
 
@@ -179,5 +180,5 @@ def _conclude(run: Run, autoencoder: str | None) -> None:
     elif kind in ("diffusion", "pixel"):
         other = () if autoencoder is None else ("--autoencoder", autoencoder)
         hint("synthbrain", "weights", "add", "mine", *other, "--diffusion", str(run.folder))
-    else:
+    elif kind != "regression":
         hint("synthbrain", "weights", "add", "mine", "--generator", str(run.folder))

@@ -54,11 +54,16 @@ def pull(
 ) -> None:
     """Fetch published weights from the Hugging Face Hub, check and install them.
 
-    HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as usual.
+    Also those that evaluation computes features with: med3d-resnet50, med3d-resnet50-23 and
+    dinov2-vits14. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as usual.
     """
     from generation import weights
+    from generation.evaluate.features import SOURCES
     from generation.hub import PUBLISHED
 
+    if name in SOURCES:
+        _pull_features(name, force)
+        return
     published = PUBLISHED.get(name)
     if published is not None:
         say(f"from: https://huggingface.co/{published.repo}")
@@ -160,6 +165,18 @@ def _folder() -> Path:
     from synthbrain.generators import weights_folder
 
     return weights_folder()
+
+
+def _pull_features(name: str, force: bool) -> None:
+    from generation.evaluate.features import SOURCES, pull
+    from synthbrain.evaluation.opening import features_folder
+
+    source = SOURCES[name]
+    say(f"from: https://huggingface.co/{source.repo}")
+    say(f"licence: {source.licence}")
+    say(f"cite: {source.citation}")
+    print(pull(name, features_folder(), force=force))
+    say(f"next: synthbrain evaluate … --features {name}")
 
 
 def _installed(weights: Weights) -> None:

@@ -11,7 +11,8 @@ from generation.train.autoencoder import AutoencoderTask
 from generation.train.diffusion import DiffusionTask
 from generation.train.gan import LsganTask, VaeGanTask
 from generation.train.loop import Run
-from generation.train.settings import settings
+from generation.train.regression import RegressionTask
+from generation.train.settings import recipe, settings
 from generation.train.world import World
 
 UNET = {"channels": [8, 8, 8], "num_res_blocks": 1, "norm_num_groups": 4,
@@ -81,6 +82,9 @@ BASE = {"steps": 6, "batch": 4, "learning_rate": 1e-3, "precision": "float32", "
         "keep_every": 2, "log_every": 1, "warm_up": 2, "validate_every": 0,
         "sheet_every": 0}  # fmt: skip
 
+REGRESSOR = {"networks": {"regressor": {"channels": [4, 8], "norm": "instance"}},
+             "shape": [16, 16, 16], "targets": ["age", "ventricular_volume"]}  # fmt: skip
+
 GAN = {"betas": [0, 0.999], "learning_rate": 1e-4, "rates": {"discriminator": 4e-4}}
 
 KINDS = {
@@ -97,13 +101,16 @@ KINDS = {
         "augment": {"flip": 0.5, "affine": 0.5, "degrees": 10},
     }),
     "lsgan": (LsganTask, Grains, {**GAN, "augment": {"flip": 0.5}}),
+    "regression": (RegressionTask, Grains, {"augment": {"flip": 0.5, "affine": 0.5, "degrees": 5}}),
 }  # fmt: skip
 """By what is trained: the task, its data, and settings besides the common ones."""
 
 
 def chosen(kind, **changes):
     """Settings of a tiny run."""
-    if kind in ("vae-gan", "lsgan"):
+    if kind == "regression":
+        system = recipe("brain-age").system.model_dump(mode="json") | REGRESSOR
+    elif kind in ("vae-gan", "lsgan"):
         system = narrow(kind).model_dump(mode="json")
     else:
         system = tiny("medforj" if kind == "pixel" else "ukb-ldm")
@@ -114,7 +121,7 @@ def start(kind, folder, world=None, **changes):
     """A run, not yet advanced."""
     how = chosen(kind, **changes)
     make, data, _ = KINDS[kind]
-    task = make(how, data()) if make is DiffusionTask else make(how)
+    task = make(how, data()) if make in (DiffusionTask, RegressionTask) else make(how)
     return Run(task, data(), how, folder, world or World())
 
 

@@ -1,0 +1,4 @@
+"""Evaluating cohorts: what ``synthbrain evaluate`` does.
+
+The measures themselves are in :mod:`generation.evaluate`.
+"""

@@ -1,0 +1,130 @@
+"""How near volumes come to real ones, in the features of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from generation.errors import EvaluationError
+from generation.evaluate.distances import frechet_distance, frechet_infinity, kernel_distance
+from generation.evaluate.estimates import Estimate, jackknife
+from generation.evaluate.extraction import extract, read
+from generation.evaluate.neighbours import (
+    clipped_density_coverage,
+    density_coverage,
+    precision_recall,
+)
+from synthbrain.evaluation.sets import VolumeSet
+from synthbrain.progress import track
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from generation.evaluate.features import FeatureNetwork
+
+PUBLISHED = {
+    "LSGAN": 0.0231,
+    "VAE-GAN": 0.1576,
+    "LDM": 0.0076,
+    "LDM + DDIM": 0.0080,
+    "real images": 0.0005,
+}
+"""Fréchet distances on Med3D features (Pinaya et al. 2022, Table 1)."""
+
+
+def features(
+    volumes: VolumeSet, network: FeatureNetwork, folder: Path, *, device: str, progress: bool
+) -> NDArray[np.float32]:
+    """Features ``(n, size)`` of volumes; kept in a folder, and computed once."""
+    done = extract(volumes, volumes.keys, network, folder, device=device)
+    what = f"features of {volumes.name}"
+    for _ in track(done, total=len(volumes), what=what, show=progress):
+        pass
+    return read(volumes.keys, network, folder)
+
+
+def fidelity(
+    synthetic: VolumeSet,
+    real: VolumeSet,
+    network: FeatureNetwork,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Distances of synthetic from real volumes, and between two halves of the real ones.
+
+    Parameters
+    ----------
+    synthetic, real
+        The volumes.
+    network
+        What computes features.
+    folder
+        Where they are kept.
+    device
+        Where to compute them.
+    seed
+        Of the halves, and of the order in which volumes are dealt out.
+    progress
+        Show progress bars on standard error.
+
+    Returns
+    -------
+    dict
+        Facts of the network, and two rows of figures, each with what could not be computed.
+    """
+    made, wanted = (
+        features(volumes, network, folder, device=device, progress=progress)
+        for volumes in (synthetic, real)
+    )
+    one, other = (read(half.keys, network, folder) for half in real.halves(seed))
+    rows = [
+        _row(f"{synthetic.name} against {real.name}", wanted, made, seed),
+        _row(f"{real.name}, one half against the other", one, other, seed),
+    ]
+    about = {
+        "name": network.name,
+        "digest": network.digest,
+        "size": network.size,
+        "pretrained": network.pretrained,
+    }
+    return {"network": about, "rows": rows, "published": PUBLISHED}
+
+
+def _row(
+    name: str, real: NDArray[np.float32], generated: NDArray[np.float32], seed: int
+) -> dict[str, Any]:
+    figures: dict[str, Callable[[], Any]] = {
+        "fd": lambda: jackknife(frechet_distance, real, generated, seed=seed),
+        "fd_infinity": lambda: frechet_infinity(real, generated, seed=seed),
+        "kid": lambda: kernel_distance(real, generated),
+    }
+    pairs: dict[tuple[str, str], Callable[[], Any]] = {
+        ("density", "coverage"): partial(density_coverage, real, generated),
+        ("clipped_density", "clipped_coverage"): partial(clipped_density_coverage, real, generated),
+        ("precision", "recall"): partial(precision_recall, real, generated),
+    }
+    row: dict[str, Any] = {"compared": name, "real": len(real), "generated": len(generated)}
+    missing: dict[str, str] = {}
+    for figure, compute in figures.items():
+        try:
+            row[figure] = _estimate(compute())
+        except EvaluationError as error:
+            missing[figure] = str(error)
+    for names, compute in pairs.items():
+        try:
+            found = compute()
+            row |= dict(zip(names, (found.fidelity, found.diversity), strict=True))
+        except EvaluationError as error:
+            missing |= dict.fromkeys(names, str(error))
+    return {**row, "missing": missing}
+
+
+def _estimate(found: Estimate) -> dict[str, Any]:
+    return {**asdict(found), "interval": found.interval()}

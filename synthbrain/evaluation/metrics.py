@@ -1,0 +1,83 @@
+"""The figures of an evaluation as one flat table, for gates and for plots over time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_SHORT = {"ventricular_volume": "ventricles", "brain_volume": "brain"}
+
+
+def metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Figures by name: ``fd``, ``ms-ssim``, ``ventricles.r``, ``age.mae``, ``copies.p`` and others.
+
+    Parameters
+    ----------
+    results
+        As :class:`synthbrain.evaluation.run.Evaluation` returns them. Those of real volumes among
+        themselves have ``real.`` before their name.
+
+    Returns
+    -------
+    dict
+        What was measured, and nothing else.
+    """
+    found = (
+        *_fidelity(results.get("fidelity", {})),
+        *_diversity(results.get("diversity", {})),
+        *_conditioning(results.get("conditioning", {})),
+        *_memorisation(results.get("memorisation", {})),
+        *_utility(results.get("utility", {})),
+    )
+    return {name: float(value) for name, value in found if value is not None}
+
+
+def _fidelity(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for prefix, row in zip(("", "real."), part.get("rows", ()), strict=False):
+        for name, value in row.items():
+            if isinstance(value, Mapping) and "value" in value:
+                yield f"{prefix}{name}", value["value"]
+            elif isinstance(value, float):
+                yield f"{prefix}{name}", value
+
+
+def _diversity(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for prefix, row in zip(("", "real."), part.get("rows", ()), strict=False):
+        for name, value in row.items():
+            if isinstance(value, Mapping):
+                yield f"{prefix}{name}", value["mean"]
+
+
+def _conditioning(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for covariate, found in part.get("covariates", {}).items():
+        name = _SHORT.get(covariate, covariate)
+        told = found.get("classification")
+        if told is not None:
+            yield f"{name}.accuracy", told["accuracy"][0]
+            if told["auc"] is not None:
+                yield f"{name}.auc", told["auc"][0]
+            continue
+        yield f"{name}.failed", found["agreement"]["n_failed"]
+        for prefix, key in (("", "trained"), ("extrapolated.", "extrapolated")):
+            fit = found["agreement"][key]
+            if fit is None:
+                continue
+            for figure in ("r", "slope", "intercept"):
+                if fit[figure] is not None:
+                    yield f"{name}.{prefix}{figure}", fit[figure][0]
+            yield f"{name}.{prefix}mae", fit["mean_absolute_error"]
+            yield f"{name}.{prefix}bias", fit["mean_error"]
+
+
+def _memorisation(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    if "p" in part:
+        yield "copies.p", part["p"]
+    for audit in part.get("spaces", ()):
+        above = audit["finding"]["above"]
+        yield f"copies.above.{audit['space']}", above["count"] / above["of"]
+
+
+def _utility(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for score in part.get("scores", ()):
+        name = _SHORT.get(score["target"], score["target"])
+        yield f"utility.{name}.{score['arm']}.{score['metric']}", score["estimate"][0]
