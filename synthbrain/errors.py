@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from generation.covariates import CovariateError
-from generation.errors import TrainingError, WeightsError
+from generation.errors import EvaluationError, TrainingError, WeightsError
 
 __all__ = [
     "CovariateError",
     "DamagedShardError",
+    "EvaluationError",
     "GeneratorError",
     "GeometryError",
     "ManifestError",

@@ -29,7 +29,13 @@ from synthbrain.errors import (
 )
 from synthbrain.testing import TINY, TinyGenerator, tiny_manifest
 
-KINDS = (SynthBrainError, CovariateError, errors.TrainingError, errors.WeightsError)
+KINDS = (
+    SynthBrainError,
+    CovariateError,
+    errors.EvaluationError,
+    errors.TrainingError,
+    errors.WeightsError,
+)
 """Bases of what the command line tells in one line."""
 
 

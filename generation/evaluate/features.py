@@ -113,8 +113,7 @@ def load(name: str, folder: Path) -> FeatureNetwork:
     path, pinned = home / source.file, _pinned(home)
     if pinned is None or not path.is_file():
         raise WeightsError(
-            f"no weights {name!r} in {folder}; fetch them once with "
-            f"`generation.evaluate.features.pull({name!r}, folder)`"
+            f"no weights {name!r} in {folder}; fetch them with `synthbrain weights pull {name}`"
         )
     _check(path, pinned, home)
     return dinov2(path) if name.startswith("dinov2") else med3d(path, name=name)

@@ -231,6 +231,8 @@ def load_regressor(path: Path, device: str | torch.device = "cpu") -> Regressor:
     EvaluationError
         No run of kind ``"regression"``, none with a checkpoint, or one that cannot be read.
     """
+    if not path.exists():
+        raise EvaluationError(f"there is no {path}; give the folder of a training run")
     if path.is_dir():
         steps = checkpoints.steps(path)
         if not steps:

@@ -16,12 +16,22 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from synthbrain.errors import CovariateError, SynthBrainError, TrainingError, WeightsError
+from synthbrain.errors import (
+    CovariateError,
+    EvaluationError,
+    SynthBrainError,
+    TrainingError,
+    WeightsError,
+)
 
 OK, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
 
 _LINE = "synthbrain.line"
+
+
+_TOLD = (SynthBrainError, CovariateError, EvaluationError, TrainingError, WeightsError, OSError)
+"""Errors of the user's world, told in one line."""
 
 
 class Commands(TyperGroup):
@@ -41,7 +51,7 @@ class Commands(TyperGroup):
         try:
             with notes():
                 return super().invoke(ctx)
-        except (SynthBrainError, CovariateError, TrainingError, WeightsError, OSError) as error:
+        except _TOLD as error:
             if isinstance(error, BrokenPipeError):  # the reader of stdout left: Typer handles it
                 raise
             if ctx.params.get("debug") or os.environ.get("SYNTHBRAIN_DEBUG", "0") not in ("", "0"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import synthbrain
+from generation.errors import EvaluationError
 from synthbrain.errors import UsageError
 from synthbrain.evaluation.metrics import metrics
 from synthbrain.evaluation.sets import VolumeSet
@@ -117,8 +118,9 @@ class Evaluation:
 
         Raises
         ------
-        SynthBrainError, EvaluationError
-            Volumes that cannot be had, or that do not fit each other.
+        SynthBrainError
+            Volumes that cannot be had, or a folder that cannot be written to. What a part cannot
+            make sense of ends that part alone.
         """
         from synthbrain.evaluation.figures import require
         from synthbrain.evaluation.page import write_page
@@ -132,7 +134,10 @@ class Evaluation:
                 missing[part] = reason
                 continue
             began = time.perf_counter()
-            results[part] = self._measure(part, progress)
+            try:
+                results[part] = self._measure(part, progress)
+            except EvaluationError as error:
+                missing[part] = str(error)
             results["seconds"][part] = round(time.perf_counter() - began, 1)
         results["not_measured"] = missing
         results["metrics"] = metrics(results)

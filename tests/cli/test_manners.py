@@ -15,7 +15,7 @@ from synthbrain.testing import TinyGenerator
 COMMANDS = (
     "demo", "info", "select", "draw", "fill", "verify", "export", "generate", "pull", "index",
     "seed", "pack", "prepare", "torrent", "publish", "cite", "export-bundle",
-    "train",
+    "train", "evaluate",
 )  # fmt: skip
 
 SLOW_TINY = """
@@ -120,7 +120,7 @@ def test_warnings_are_single_notes(run, cohort, monkeypatch):
     result = run("fill", cohort, "--dry-run")
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
-    assert "'tiny', a procedural stand-in" in notes[0]
+    assert "'tiny', a stand-in" in notes[0]
     assert "Warning" not in result.stderr
 
 

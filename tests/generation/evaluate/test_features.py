@@ -95,7 +95,9 @@ class TestPull:
 
 class TestLoad:
     def test_never_downloads(self, hub, folder):
-        with pytest.raises(WeightsError, match=r"no weights.*fetch them once with.*pull\('med3d"):
+        with pytest.raises(
+            WeightsError, match=r"no weights.*fetch them with `synthbrain weights pull med3d"
+        ):
             load(NAME, folder)
         assert hub.log == []
 
@@ -118,7 +120,7 @@ class TestLoad:
 
 def test_every_published_network_can_be_loaded(folder):
     for name in features.SOURCES:
-        with pytest.raises(WeightsError, match="fetch them once"):
+        with pytest.raises(WeightsError, match="fetch them with"):
             load(name, folder)
 
 

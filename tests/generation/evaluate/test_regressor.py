@@ -120,7 +120,7 @@ class TestRegressor:
             (other.folder, "of a run of kind 'diffusion', expected 'regression'"),
             (rubbish, "cannot read"),
             (tmp_path / "step-000000002.pt", "kind must be one of"),
-            (tmp_path / "gone.pt", "cannot read"),
+            (tmp_path / "gone.pt", "there is no"),
         ):
             with pytest.raises(EvaluationError, match=says):
                 load_regressor(path)
