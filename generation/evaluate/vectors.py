@@ -24,6 +24,8 @@ Features = Callable[[Tensor], Tensor]
 """From volumes ``(n, 1, x, y, z)`` to ``(n, ...)``: voxels, latents, what a network sees."""
 
 _BLOCK = 1024
+_ROWS = 64
+"""Vectors that are held in double precision at once."""
 
 
 class Match(NamedTuple):
@@ -152,17 +154,20 @@ def rerank(
 
 def unit(values: Tensor, centre: Tensor | None) -> Tensor:
     """Vectors whose scalar products are correlations, float32 on the CPU."""
-    values = values.detach().cpu().double()
-    if centre is not None:
-        values = values - centre.detach().cpu().double()
-    values = values - values.mean(1, keepdim=True)
-    norms = values.norm(dim=1, keepdim=True)
-    if not values.isfinite().all() or not (norms > 0).all():
-        raise EvaluationError(
-            "found vectors that are constant or not finite: correlations need values that vary; "
-            "check the volumes they come from"
-        )
-    return (values / norms).float()
+    middle = None if centre is None else centre.detach().cpu().double()
+    values = values.detach().cpu()
+    found = torch.empty(values.shape, dtype=torch.float32)
+    for part, out in zip(values.split(_ROWS), found.split(_ROWS), strict=True):
+        part = part.double() if middle is None else part.double() - middle
+        part = part - part.mean(1, keepdim=True)
+        norms = part.norm(dim=1, keepdim=True)
+        if not part.isfinite().all() or not (norms > 0).all():
+            raise EvaluationError(
+                "found vectors that are constant or not finite: correlations need values that "
+                "vary; check the volumes they come from"
+            )
+        out.copy_(part / norms)
+    return found
 
 
 def correlations(first: Tensor, second: Tensor) -> Floats:

@@ -71,6 +71,11 @@ def evaluate(
         Path | None,
         typer.Option(metavar="RUN", help="A run of `synthbrain train regression`: age, sex."),
     ] = None,
+    sweeps: Annotated[
+        int,
+        typer.Option(metavar="SEEDS", min=0, help="Also move one covariate at a time, at this many "
+                     "seeds: five volumes of each measured covariate a seed."),
+    ] = 0,
     pairs: Annotated[
         int, typer.Option(metavar="N", min=2, help="Pairs of volumes diversity compares.")
     ] = 1000,
@@ -107,8 +112,8 @@ def evaluate(
     inputs = Inputs(
         synthetic=synthetic, folder=out, real=real, training=training, generator=generator,
         limit=limit, features=features, autoencoder=autoencoder, segmenter=segmenter,
-        labels=labels, regressor=regressor, pairs=pairs, measures=measure, utility=utility,
-        parts=only, seed=seed, device=device, store=store,
+        labels=labels, regressor=regressor, sweeps=sweeps, pairs=pairs, measures=measure,
+        utility=utility, parts=only, seed=seed, device=device, store=store,
     )  # fmt: skip
     try:
         evaluation = inputs.open()

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from generation.covariates import AGE, BRAIN_VOLUME, NAMES, VENTRICULAR_VOLUME
+from generation.covariates import AGE, BRAIN_VOLUME, NAMES, VENTRICULAR_VOLUME, by_name
 from generation.errors import EvaluationError
 from generation.evaluate.conditioning import agreement, classification
-from generation.evaluate.leakage import leakage
+from generation.evaluate.leakage import leakage, sweep_report
 from generation.evaluate.segmentations import Measurements, Measurer, measure_each, measure_folder
 from generation.evaluate.segmenters import Segmenter
 from synthbrain.evaluation.sets import VolumeSet
+from synthbrain.evaluation.sweeps import sweep
 from synthbrain.progress import track
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def conditioning(
     measurer: Measurer | None = None,
     labels: Path | None = None,
     regressor: Regressor | None = None,
+    sweeps: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -59,6 +61,9 @@ def conditioning(
         Instead, a folder of label maps named after the ids.
     regressor
         Tells age, sex or others from volumes.
+    sweeps
+        Seeds of sweeps: of each covariate that is measured, five values are asked at every seed
+        with the others at their means. Takes a generator.
     seed
         Of the bootstrap.
     progress
@@ -90,7 +95,33 @@ def conditioning(
             "measured": [_number(value) for value in values / unit],
             "agreement": asdict(fit),
         }
-    return {"by": told, "covariates": found, "leakage": _leakage(asked, columns)}
+    moved = {
+        name: _moved(
+            sweep(volumes, name, sweeps), name, folder, measurer, regressor, seed, progress
+        )
+        for name in (columns if sweeps and labels is None else ())
+    }
+    return {
+        "by": told, "covariates": found, "leakage": _leakage(asked, columns), "sweeps": moved,
+    }  # fmt: skip
+
+
+def _moved(
+    volumes: VolumeSet,
+    name: str,
+    folder: Path,
+    measurer: Measurer | None,
+    regressor: Regressor | None,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """What moves in a sweep of one covariate, all normalised."""
+    columns, _ = _columns(volumes, folder, measurer, None, regressor, progress)
+    measured = {
+        each: values if each == "sex" else by_name(each).normalise(values)
+        for each, values in columns.items()
+    }
+    return asdict(sweep_report(volumes.table, measured, covariate=name, seed=seed))
 
 
 def _columns(

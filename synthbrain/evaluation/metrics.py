@@ -68,6 +68,12 @@ def _conditioning(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{name}.{prefix}mae", fit["mean_absolute_error"]
             yield f"{name}.{prefix}bias", fit["mean_error"]
 
+    for covariate, moved in part.get("sweeps", {}).items():
+        own = moved["slopes"][covariate]
+        name = _SHORT.get(covariate, covariate)
+        yield f"{name}.sweep.monotone", moved["monotone"]
+        yield f"{name}.sweep.slope", None if own is None else own[0]
+
 
 def _memorisation(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if "p" in part:

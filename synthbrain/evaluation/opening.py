@@ -44,6 +44,7 @@ class Inputs:
     labels: Path | None = None
     regressor: Path | None = None
     pairs: int = 1000
+    sweeps: int = 0
     measures: Sequence[str] | None = None
     utility: str | None = None
     parts: Sequence[str] | None = None
@@ -86,6 +87,7 @@ class Inputs:
             trials=None if self.utility is None else _trials(self.utility),
             measures=tuple(MEASURES) if self.measures is None else tuple(self.measures),
             pairs=self.pairs,
+            sweeps=self.sweeps,
             parts=parts,
             device=device,
             seed=self.seed,

@@ -190,7 +190,7 @@ def _conditioning(part: Mapping[str, Any]) -> str:
             plots += figures.bias(groups, unit=found["unit"])
         body.append(f"<h3>{html.escape(words)}</h3><div class=row>{plots}</div>")
     table = _table(("covariate", "n", "r", "slope", "intercept", "MAE", "mean error"), rows)
-    body.append(_leakage(part["leakage"]))
+    body += [_leakage(part["leakage"]), _sweeps(part["sweeps"])]
     who = part["by"].get("volumes")
     failures = who["failures"] if who else {}
     notes = _notes(f"{id}: {why}" for id, why in list(failures.items())[:10])
@@ -215,6 +215,23 @@ def _leakage(found: Mapping[str, Any]) -> str:
         "<h3>leakage</h3><p>Standardised partial slopes: how far a measured covariate (row) moves "
         "as an asked one (column) does. Off the diagonal they should be 0.</p>"
         + figures.matrix(slopes, rows, columns)
+    )
+
+
+def _sweeps(found: Mapping[str, Any]) -> str:
+    if not found:
+        return ""
+    names = list(next(iter(found.values()))["slopes"])
+    rows = [
+        (_NAMES.get(moved, moved), one["n"], _number(one["monotone"]),
+         *(_interval(one["slopes"][name]) for name in names))
+        for moved, one in found.items()
+    ]  # fmt: skip
+    columns = ("moved", "volumes", "steps that rose", *(_NAMES.get(n, n) for n in names))
+    return (
+        "<h3>sweeps</h3><p>Slopes of what is measured (columns) within seeds, as one covariate "
+        "moves and the others stay, normalised: its own should be 1, the others 0.</p>"
+        + _table(columns, rows)
     )
 
 

@@ -65,7 +65,7 @@ class Evaluation:
         audit of memorisation.
     network
         Computes features.
-    measurer, labels, regressor
+    measurer, labels, regressor, sweeps
         As in :func:`synthbrain.evaluation.conditioning.conditioning`.
     spaces
         As in :func:`synthbrain.evaluation.memorisation.memorisation`; features are added.
@@ -93,6 +93,7 @@ class Evaluation:
     trials: RegressionSettings | None = None
     measures: Sequence[str] = ("ms-ssim", "4-g-r-ssim")
     pairs: int = 1000
+    sweeps: int = 0
     parts: Sequence[str] = PARTS
     device: str = "cpu"
     seed: int = 0
@@ -183,6 +184,8 @@ class Evaluation:
             return f"the rows of {self.synthetic.name} ask for nothing"
         if self.measurer is None and self.labels is None and self.regressor is None:
             return "needs something that measures: --segmenter, --labels or --regressor"
+        if self.sweeps and self.synthetic.dataset.resolver.generator is None:
+            return "sweeps need a generator: --generator"
         return ""
 
     def _lacks_training(self) -> str:
@@ -241,7 +244,7 @@ class Evaluation:
 
         return conditioning(
             self.synthetic, self.folder / "measured", measurer=self.measurer, labels=self.labels,
-            regressor=self.regressor, seed=self.seed, progress=progress,
+            regressor=self.regressor, sweeps=self.sweeps, seed=self.seed, progress=progress,
         )  # fmt: skip
 
     def _memorisation(self, progress: bool) -> dict[str, Any]:

@@ -141,6 +141,19 @@ def test_volumes_that_cannot_be_measured_are_counted(volumes, tmp_path):
     assert "too bright to read" in (tmp_path / "report.html").read_text()
 
 
+def test_sweeps_move_one_covariate_alone(volumes, tmp_path):
+    job = Evaluation(
+        synthetic=volumes(8), folder=tmp_path, measurer=Reader(), sweeps=3, parts=("conditioning",)
+    )
+    results = job.run(progress=False)
+    assert results["metrics"]["ventricles.sweep.monotone"] == 1
+    assert results["metrics"]["brain.sweep.slope"] == pytest.approx(1, abs=0.05)
+    found = results["conditioning"]["sweeps"]["brain_volume"]
+    assert found["n"] == 15
+    assert found["slopes"]["ventricular_volume"][0] == pytest.approx(0, abs=0.05)
+    assert "<h3>sweeps" in (tmp_path / "report.html").read_text()
+
+
 def test_shuffled_covariates_are_seen(volumes, tmp_path):
     synthetic = volumes(60)
     table = synthetic.table.copy()
