@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,24 +125,49 @@ def load_atlas(cache: Path | None = None) -> Atlas:
     cache
         Folder to keep it in (about 75 MB); without one nothing is written.
     """
-    path = cache / f"atlas-{digest()[:16]}.npz" if cache else None
-    kept = _read(path) if path else None
-    if kept is None:
-        kept = _derive()
-        if path:
-            _keep(path, kept)
+    names = [field.name for field in fields(Atlas)]
+    kept = remembered(cache, f"atlas-{digest()[:16]}", names, _derive)
     fields_: dict[str, Any] = {name: _single(array) for name, array in kept.items()}
     return Atlas(**fields_)
+
+
+def remembered(
+    cache: Path | None,
+    name: str,
+    arrays: Sequence[str],
+    derive: Callable[[], dict[str, NDArray[Any]]],
+) -> dict[str, NDArray[Any]]:
+    """Arrays from a file that a former call left, else derived anew and left there.
+
+    Parameters
+    ----------
+    cache
+        Folder of the file; without one, or where it cannot be written to, nothing is left.
+    name
+        Of the file: must change with all that the arrays depend on.
+    arrays
+        Their names.
+    derive
+        Makes them.
+    """
+    if cache is None:
+        return derive()
+    path = cache / f"{name}.npz"
+    kept = _read(path, arrays)
+    if kept is None:
+        kept = derive()
+        _keep(path, kept)
+    return kept
 
 
 def _single(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]] | None:
+def _read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]] | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {field.name: archive[field.name] for field in fields(Atlas)}
+            return {name: archive[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None  # RuntimeError: damage that makes an archive look encrypted, or of the future
 

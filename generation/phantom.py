@@ -20,7 +20,7 @@ import hashlib
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -262,7 +262,18 @@ class PhantomGenerator:
     @cached_property
     def _course(self) -> tuple[Tensor, Tensor]:
         """Volume of the template's ventricles (mm³) over the time they grow."""
-        times = torch.tensor(COURSE, dtype=torch.float64, device=self.device)
+
+        def derive() -> dict[str, Any]:
+            times = torch.tensor(COURSE, dtype=torch.float64, device=self.device)
+            return {"times": times.cpu().numpy(), "volumes": self._grown(times).cpu().numpy()}
+
+        # Devices round differently: each remembers its own.
+        name = f"course-{self.device.type}-{self.digest[:16]}"
+        kept = atlas.remembered(self.cache, name, ("times", "volumes"), derive)
+        times, volumes = (torch.from_numpy(kept[key]) for key in ("times", "volumes"))
+        return times.to(self.device), volumes.to(self.device)
+
+    def _grown(self, times: Tensor) -> Tensor:
         step = atlas.GROWTH_STEP
         shape = (self._growth.shape[1], self._growth.shape[2], self._growth.shape[3])
         here = positions(GROWTH, shape, self.device)
@@ -271,7 +282,7 @@ class PhantomGenerator:
             moved = here + exponential(self._growth, GROWTH, -time.view(1).float())
             distance = look_up(self._brain[2:], self._brain_grid, moved)
             volumes.append((0.5 - distance / step).clamp(0, 1).sum(dtype=torch.float64) * step**3)
-        return times, torch.stack(volumes).cummax(0).values
+        return torch.stack(volumes).cummax(0).values
 
     @cached_property
     def _atlas(self) -> atlas.Atlas:

@@ -268,3 +268,15 @@ def test_without_nilearn_it_says_what_to_install(monkeypatch):
         PhantomGenerator().digest  # noqa: B018
     with pytest.raises(FileNotFoundError, match="pip install nilearn"):
         PhantomGenerator().sample(rows((0, 0.5, 0.2, 0.5)))
+
+
+def test_what_is_remembered_of_the_growth_is_what_would_be_derived(atlas_cache, tmp_path):
+    for path in atlas_cache.glob("atlas-*.npz"):
+        (tmp_path / path.name).symlink_to(path)
+    derived = PhantomGenerator(cache=tmp_path)._course
+    (kept,) = tmp_path.glob("course-*.npz")
+    read = PhantomGenerator(cache=tmp_path)._course
+    assert all(torch.equal(one, other) for one, other in zip(derived, read, strict=True))
+    kept.write_bytes(kept.read_bytes()[:100])
+    again = PhantomGenerator(cache=tmp_path)._course
+    assert all(torch.equal(one, other) for one, other in zip(derived, again, strict=True))
