@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from synthbrain.manifest import Manifest
     from synthbrain.pull import Pull
     from synthbrain.quantise import as_float
+    from synthbrain.sampler import SynthBrainSampler
     from synthbrain.sources.folder import FolderSource
     from synthbrain.store import Store
 
@@ -25,6 +26,7 @@ __all__ = [
     "Store",
     "SynthBrainDataset",
     "SynthBrainError",
+    "SynthBrainSampler",
     "as_float",
     "draw_cohort",
     "from_hf",
@@ -38,6 +40,7 @@ _HOMES = {
     "Store": "synthbrain.store",
     "SynthBrainDataset": "synthbrain.dataset",
     "SynthBrainError": "synthbrain.errors",
+    "SynthBrainSampler": "synthbrain.sampler",
     "as_float": "synthbrain.quantise",
     "draw_cohort": "synthbrain.cohort",
     "from_hf": "synthbrain.hf",

@@ -129,7 +129,7 @@ def recipes(drawn: dict[str, NDArray[Any]], *, stem: str, seed: int) -> pd.DataF
     """A table of recipes from covariates: ids, splits, and 63-bit seeds keyed by ``seed``."""
     count = len(drawn["age"])
     ids = [f"{stem}{number:06d}" for number in range(count)]
-    stream = np.random.Philox(key=[seed, 0x5EED])
+    stream = np.random.Philox(key=np.array([seed, 0x5EED], np.uint64))
     columns = {name: drawn[name] for name in NAMES}
     columns["seed"] = (stream.random_raw(count) >> np.uint64(1)).astype(np.int64)
     columns["split"] = np.array([split_of(id) for id in ids], dtype=object)

@@ -347,7 +347,8 @@ where, ids, limit, extrapolate
     def _patch_start(self, index: int) -> Array:
         assert self.patch_size is not None
         row = int(self.manifest.positions[index])
-        draw = np.random.Philox(key=[self.seed, int(self._epoch) << 32 | row])
+        key = np.array([self.seed, int(self._epoch) << 32 | row], np.uint64)  # a list is rounded
+        draw = np.random.Philox(key=key)
         room = np.subtract(self.manifest.header.geometry.shape, self.patch_size) + 1
         return (np.random.Generator(draw).random(3) * room).astype(np.int64)
 

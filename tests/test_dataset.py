@@ -516,3 +516,18 @@ def test_the_shipped_manifest_is_the_default(tmp_path):
     assert len(ds) == 3
     assert set(ds.table["split"]) == {"test"}
     assert isinstance(Manifest.open("synthbrain-100k"), Manifest)
+
+
+def test_every_seed_has_patches_of_its_own():
+    places = {
+        tuple(
+            int(n)
+            for sample in SynthBrainDataset(
+                tiny_manifest(4), generator=TinyGenerator(), patch_size=4,
+                seed=seed,
+            )
+            for n in sample["patch_start"]
+        )
+        for seed in (2**63 + 1, 2**63 + 1000, 2**64 - 1)
+    }  # fmt: skip
+    assert len(places) == 3
