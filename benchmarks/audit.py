@@ -37,7 +37,7 @@ from synthbrain.progress import track
 
 SMALL = 8
 UNET = {
-    "channels": [32, 64, 64],
+    "channels": [16, 32, 32],
     "attention_levels": [False, False, True],
     "num_head_channels": 16,
     "num_res_blocks": 1,
@@ -61,7 +61,7 @@ def main() -> None:
     """Train both models, look for copies, print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--phantoms", type=int, default=300, help="how many are read (300)")
-    parser.add_argument("--steps", type=int, default=1500, help="of each training (1500)")
+    parser.add_argument("--steps", type=int, default=600, help="of each training (600)")
     parser.add_argument("--store", type=Path, help="where phantoms are stored")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
@@ -99,7 +99,7 @@ def samples(training: torch.Tensor, steps: int, count: int) -> torch.Tensor:
     preset["networks"]["unet"] |= UNET
     how = settings(
         {
-            "kind": "pixel", "system": preset, "steps": steps, "batch": 8, "learning_rate": 1e-3,
+            "kind": "pixel", "system": preset, "steps": steps, "batch": 4, "learning_rate": 2e-3,
             "half_life": steps / 4, "average": 0.99, "precision": "float32", "keep_every": 0,
             "log_every": 100, "sheet_every": 0, "validate_every": 0,
         }

@@ -106,7 +106,7 @@ def main() -> None:
         made = vectors(spoilt, coarse_voxels(4))
         copies = audit(known, made, others, space="voxels")
         found |= {"copies.above": copies.finding.above.share, "copies.p": copies.finding.p}
-        cells = [f"{found[name]:.3g}" for name in SHOWN]
+        cells = [f"{found[name]:.3g}" if name in found else "–" for name in SHOWN]
         lines.append(f"| {kind} | {dose} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     report = "\n".join([*heading(count), *lines, ""])

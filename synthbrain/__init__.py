@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from synthbrain.errors import SynthBrainError
     from synthbrain.hf import from_hf, to_hf
     from synthbrain.manifest import Manifest
+    from synthbrain.mixing import mix
     from synthbrain.pull import Pull
     from synthbrain.quantise import as_float
     from synthbrain.sampler import SynthBrainSampler
@@ -30,6 +31,7 @@ __all__ = [
     "as_float",
     "draw_cohort",
     "from_hf",
+    "mix",
     "to_hf",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "as_float": "synthbrain.quantise",
     "draw_cohort": "synthbrain.cohort",
     "from_hf": "synthbrain.hf",
+    "mix": "synthbrain.mixing",
     "to_hf": "synthbrain.hf",
 }
 
