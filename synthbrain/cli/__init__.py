@@ -21,6 +21,7 @@ from synthbrain.cli import (
     prepare,
     publish,
     pull,
+    serve,
     train,
     volumes,
     weights,
@@ -82,6 +83,7 @@ evaluate.register(app)
 archives.register(app)
 publish.register(app)
 generate.register(app)
+serve.register(app)
 weights.register(app)
 bundle.register(app)
 

@@ -15,7 +15,7 @@ from synthbrain.testing import TinyGenerator
 COMMANDS = (
     "demo", "info", "select", "draw", "fill", "verify", "export", "generate", "pull", "index",
     "seed", "pack", "prepare", "torrent", "publish", "cite", "export-bundle",
-    "train", "evaluate",
+    "train", "evaluate", "serve-samples",
 )  # fmt: skip
 
 SLOW_TINY = """
