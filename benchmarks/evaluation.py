@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import synthbrain
 from generation.evaluate.gradient_ssim import GradientSsim
 from generation.evaluate.med3d import random_med3d
 from generation.evaluate.segmentations import PhantomMeasurer
@@ -118,13 +119,14 @@ def memory(options: argparse.Namespace) -> list[str]:
 
 def heading() -> list[str]:
     """What was run on what."""
-    names = ("synthbrain", "torch", "monai", "pytorch-msssim")
+    names = ("torch", "monai", "pytorch-msssim")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return [
         "# What evaluation costs",
         "",
         f"`python benchmarks/evaluation.py`, {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, {versions}.",
+        f"{torch.get_num_threads()} threads, "
+        f"synthbrain {synthbrain.__version__}, {versions}.",
         "",
         "Volumes of 160 × 224 × 160 voxels, all in one run. What grows with their number are the "
         "vectors that copies are looked for in: 0.36 MB a volume and set.",

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+import synthbrain
 from generation.evaluate.med3d import random_med3d
 from generation.evaluate.memorisation import audit
 from generation.evaluate.planted import Dose, altered
@@ -156,13 +157,13 @@ def measured(spoilt: Any, real: VolumeSet, folder: Path) -> dict[str, float]:
 def heading(count: int) -> list[str]:
     """What was run on what, and the head of the table."""
     versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("synthbrain", "torch", "monai")
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "monai")
     )
     return [
         "# What spoils volumes, and which figures tell",
         "",
         f"`python benchmarks/sensitivity.py`, {platform.machine()}, {os.cpu_count()} cores, "
-        f"{versions}.",
+        f"synthbrain {synthbrain.__version__}, {versions}.",
         "",
         f"{count} phantoms stand for synthetic volumes, {count} for real ones, {count} for the "
         f"training set and {count} are held out; all from one distribution. Features are those of "
