@@ -81,7 +81,7 @@ def test_phantoms_are_drawn_by_number():
     train, held_out = open_volumes("phantoms:50", preset)
     assert len(train) + len(held_out) < 50
     assert train.dataset.resolver.generator.name == "phantom"
-    with pytest.raises(UsageError, match="phantoms:500; found 'phantoms:many'"):
+    with pytest.raises(UsageError, match="phantoms:500:7; found 'phantoms:many'"):
         open_volumes("phantoms:many", preset)
 
 

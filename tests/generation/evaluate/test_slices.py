@@ -102,7 +102,7 @@ def test_the_digest_tells_weights_architecture_and_slices_apart():
 
 def test_without_timm_dinov2_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(EvaluationError, match=r"needs the package timm.*synthbrain\[evaluate\]"):
+    with pytest.raises(EvaluationError, match=r"needs the package timm.*synthbrain\[dinov2\]"):
         random_dinov2()
     with pytest.raises(EvaluationError, match=r"needs the package timm"):
         dinov2(tmp_path / "none.safetensors")
