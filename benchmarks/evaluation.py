@@ -1,7 +1,7 @@
 """What evaluation costs: seconds a volume or a pair for each part, and memory as sets grow.
 
-``python benchmarks/evaluation.py --out benchmarks/evaluation.md`` takes about 10 minutes on two
-cores once its phantoms are stored. MS-SSIM is timed beside MONAI's and pytorch-msssim's.
+``python benchmarks/evaluation.py --out benchmarks/evaluation.md``; MS-SSIM is timed beside MONAI's
+and pytorch-msssim's. It has not been run yet.
 """
 
 from __future__ import annotations
