@@ -49,7 +49,7 @@ def main() -> None:
         options.n, like=options.like, sex="balanced", seed=options.seed, name="ventricles"
     )
     where = {"generator": options.generator, "store": options.store}
-    training = SynthBrainDataset(rows, split="train", **where)
+    training = SynthBrainDataset(rows, split="train", seed=options.seed, **where)
     held_out = SynthBrainDataset(rows, split="test", **where)
     print(training.plan())
 
@@ -61,8 +61,7 @@ def main() -> None:
         predicted = model(batch["image"].to(options.device))[:, 0]
         return predicted, batch["ventricular_volume"].to(options.device)
 
-    order = torch.Generator().manual_seed(options.seed)
-    loader = training.loader(batch_size=options.batch, shuffle=True, generator=order)
+    loader = training.loader(batch_size=options.batch, shuffle=True)
     for epoch in range(options.epochs):
         losses = []
         for batch in loader:

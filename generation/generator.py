@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,3 +105,11 @@ class LatentGenerator(Generator, Protocol):
             ``(n, 1, x, y, z)`` float32 in [0, 1], on the generator's device.
         """
         ...
+
+
+def has_latents(generator: object) -> TypeGuard[LatentGenerator]:
+    """Whether a generator also gives latents.
+
+    One that stands for another may have the methods all the same: then ``latent_shape`` is None.
+    """
+    return isinstance(generator, LatentGenerator) and generator.latent_shape is not None

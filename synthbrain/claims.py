@@ -22,6 +22,7 @@ from synthbrain.store import publish
 STALE_SECONDS = 120.0
 """A claim not touched for so long belongs to nobody."""
 
+_SUFFIX = ".claim"
 _BEAT_SECONDS = 20.0
 _UNREADABLE_SECONDS = 5.0
 """Claims are published whole: one without an owner is at most some odd file system's delay."""
@@ -71,6 +72,13 @@ def is_stale(shard: Path) -> bool:
     return dead or age > STALE_SECONDS
 
 
+def sweep(root: Path) -> None:
+    """Delete the claims in a store's folder that belong to nobody any more."""
+    for path in root.glob(f"block-*/*{_SUFFIX}"):
+        if is_stale(shard := path.with_name(path.name.removesuffix(_SUFFIX))):
+            release(shard)
+
+
 @contextlib.contextmanager
 def held(shards: list[Path]) -> Iterator[None]:
     """Keep claims fresh while the body runs, and release them after it."""
@@ -94,7 +102,7 @@ def held(shards: list[Path]) -> Iterator[None]:
 
 
 def _path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".claim")
+    return shard.with_name(shard.name + _SUFFIX)
 
 
 def _alive(pid: int) -> bool:

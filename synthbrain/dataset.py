@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from generation.covariates import COVARIATES, NAMES, SEXES
-from generation.generator import LatentGenerator
+from generation.generator import has_latents
+from synthbrain.ahead import Missing
 from synthbrain.errors import GeneratorError, UsageError
 from synthbrain.generators import identity, load_generator
 from synthbrain.home import home
@@ -25,6 +26,8 @@ from synthbrain.plan import Plan
 from synthbrain.progress import track
 from synthbrain.quantise import as_float, as_float32, intensities
 from synthbrain.resolver import Resolver
+from synthbrain.sampler import SynthBrainSampler
+from synthbrain.sampling.routing import RoutedGenerator
 from synthbrain.sources.folder import FolderSource
 from synthbrain.sources.opening import packed_by, quick_sources
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from generation.generator import Generator
+    from synthbrain.ahead import Supply
     from synthbrain.quantise import Array
     from synthbrain.sources.base import Source
 
@@ -53,10 +57,11 @@ class SynthBrainDataset(Dataset[Any]):
 where, ids, limit, extrapolate
         Which rows, as in :meth:`synthbrain.Manifest.select`.
     generator
-        Makes recipes that are stored nowhere: a name, an object with the methods of
-        :class:`generation.generator.Generator`, or ``"auto"`` for the best one installed, and for
-        None where the manifest names packs of what another one made. With None nothing is ever
-        sampled, and a missing row that no source has raises.
+        Makes recipes that are stored nowhere: a name, which DataLoader workers leave to one
+        sampling service for all of them; an object with the methods of
+        :class:`generation.generator.Generator`, which each process uses for itself; or ``"auto"``
+        for the best one installed, and for None where the manifest names packs of what another one
+        made. With None nothing is ever sampled, and a missing row that no source has raises.
     sources
         Where to fetch from before sampling: sources, or folders of NIfTI files. By default those
         of the manifest's header but torrents, which `synthbrain pull` fetches from; ``[]`` for
@@ -280,7 +285,7 @@ where, ids, limit, extrapolate
             Latents of another shape.
         """
         generator = self.resolver.generator
-        if not isinstance(generator, LatentGenerator):
+        if not has_latents(generator):
             found = "none" if generator is None else repr(generator.name)
             raise GeneratorError(
                 f"only the generator that makes latents decodes them, and this dataset's is {found}"
@@ -296,9 +301,26 @@ where, ids, limit, extrapolate
         # Autograd refuses what was made in inference mode, also as the input of a network.
         return volumes.clone() if volumes.is_inference() else volumes
 
+    @property
+    def epoch(self) -> int:
+        """The epoch patch positions are drawn for."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch patch positions are drawn for; reaches running workers."""
         self._epoch.fill_(epoch)
+
+    def supply(self) -> Supply | None:
+        """How :class:`SynthBrainSampler` has missing rows before they are asked for.
+
+        Returns
+        -------
+        Supply or None
+            None where no source could fetch them and no sampling service make them: a generator
+            given as an object works in the process that asks for its volumes.
+        """
+        missing = Missing(self.resolver)
+        return missing if missing.can_sample or self.resolver.sources else None
 
     def loader(
         self, *, device: torch.device | str | None = None, **options: Any
@@ -310,14 +332,18 @@ where, ids, limit, extrapolate
         device
             Move images, or latents, there before casting.
         options
-            Passed to :class:`torch.utils.data.DataLoader`.
+            Passed to :class:`torch.utils.data.DataLoader`. Without a ``sampler`` or
+            ``batch_sampler`` rows come from a :class:`synthbrain.SynthBrainSampler` of this
+            dataset's seed and epoch: with ``shuffle`` in an order that only they decide, split over
+            the ranks of :mod:`torch.distributed`, missing ones made ahead.
 
         Returns
         -------
         DataLoader
-            Batches equal those of a plain DataLoader, and a quarter of the bytes crosses from the
-            workers, or half where float16 is stored. With a ``transform``, which needs floats,
-            nothing is gained and nothing is changed.
+            Batches have what those of a plain DataLoader have, and a quarter of the bytes crosses
+            from the workers, or half where float16 is stored. With a ``transform``, which needs
+            floats, nothing is gained and nothing is changed. Each time it is iterated to its end
+            the epoch goes up by one, for order and patches; :meth:`set_epoch` chooses another.
         """
         if self.transform is not None or self.meta_tensor or self.dtype != "float32":
             return _ConvertingLoader(self, operator.methodcaller("to", device), **options)
@@ -382,7 +408,10 @@ where, ids, limit, extrapolate
 
 
 class _ConvertingLoader(DataLoader[Any]):
-    """Converts ``image`` or ``latent`` of every batch after it has crossed from the workers."""
+    """Converts ``image`` or ``latent`` of every batch after it has crossed from the workers.
+
+    Without a sampler of the user's it has its own, whose epochs are the dataset's.
+    """
 
     def __init__(
         self,
@@ -390,15 +419,32 @@ class _ConvertingLoader(DataLoader[Any]):
         convert: Callable[[torch.Tensor], torch.Tensor],
         **options: Any,
     ) -> None:
+        self._order = None
+        if not {"sampler", "batch_sampler"} & options.keys():
+            shuffle = bool(options.pop("shuffle", False))
+            self._order = SynthBrainSampler(dataset, seed=dataset.seed, shuffle=shuffle)
+            options["sampler"] = self._order
         super().__init__(dataset, **options)
-        self._convert, self._key = convert, dataset.representation
+        self._dataset, self._convert, self._key = dataset, convert, dataset.representation
+        self._epoch = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._begin_epoch()
         for batch in super().__iter__():
             if isinstance(batch, Mapping) and torch.is_tensor(batch.get(self._key)):
                 yield {**batch, self._key: self._convert(batch[self._key])}
             else:
                 yield batch
+
+    def _begin_epoch(self) -> None:
+        """Go on to the epoch that follows, or to the one that was set meanwhile."""
+        if self._order is None:
+            return
+        if self._dataset.epoch == self._epoch:
+            self._dataset.set_epoch(self._order.epoch)
+        else:
+            self._order.set_epoch(self._dataset.epoch)
+        self._epoch = self._order.epoch
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -446,7 +492,9 @@ def _named(name: str, manifest: Manifest) -> Generator | None:
     """A generator by name; with ``"auto"`` none whose volumes are others than those published."""
     maker = packed_by(manifest)
     generator = load_generator(name)
-    return None if name == "auto" and maker not in (None, identity(generator)) else generator
+    if name == "auto" and maker not in (None, identity(generator)):
+        return None
+    return RoutedGenerator(name, generator)
 
 
 def _patch_size(size: Sequence[int] | int | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:

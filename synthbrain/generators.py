@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -60,10 +61,12 @@ def load_generator(name: str, **sampling: Any) -> Generator:
     Parameters
     ----------
     name
-        ``"auto"``, an embedded generator, or installed weights.
+        ``"auto"``, an embedded generator, installed weights, or ``"package.module:callable"`` for
+        what returns a generator.
     sampling
-        For weights: arguments of :class:`generation.options.Options` such as ``solver``,
-        ``steps``, ``dtype`` and ``device``, and ``decode`` and ``progress`` of
+        For a callable: its arguments. For weights: arguments of
+        :class:`generation.options.Options` such as ``solver``, ``steps``, ``dtype`` and
+        ``device``, and ``decode`` and ``progress`` of
         :class:`generation.latent.LatentDiffusion`. GANs take ``dtype`` and ``device`` alone.
 
     Raises
@@ -75,6 +78,8 @@ def load_generator(name: str, **sampling: Any) -> Generator:
         name = PREFERRED if _is_installed(PREFERRED) else next(iter(GENERATORS))
         if name != PREFERRED:
             _warn_once(name)
+    if ":" in name:
+        return _imported(name)(**sampling)
     if name not in GENERATORS:
         _check_installed(name)
         return _from_weights(find_weights(name), sampling)
@@ -113,6 +118,17 @@ def _is_installed(name: str) -> bool:
     return (weights_folder() / name / "weights.json").is_file()
 
 
+def _imported(name: str) -> Callable[..., Generator]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise GeneratorError(
+            f"cannot load generator {name!r}: {error}; expected 'package.module:callable' "
+            "with a module that new processes can import"
+        ) from None
+
+
 def _check_installed(name: str) -> None:
     from generation.hub import PUBLISHED
 
@@ -126,7 +142,8 @@ def _check_installed(name: str) -> None:
     known = ", ".join(["auto", *GENERATORS, *PUBLISHED])
     raise GeneratorError(
         f"unknown generator {name!r}; expected one of {known}, weights added with `synthbrain "
-        "weights add`, or an object with the methods of generation.generator.Generator"
+        "weights add`, 'package.module:callable', or an object with the methods of "
+        "generation.generator.Generator"
     )
 
 

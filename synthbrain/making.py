@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from generation.covariates import NAMES
-from generation.generator import LatentGenerator
+from generation.generator import has_latents
 from synthbrain.errors import GeneratorError
 from synthbrain.generators import identity
 from synthbrain.quantise import Array, halves, quantise
@@ -77,14 +77,14 @@ class Making:
     def _decoded(self, latents: list[Array]) -> Array:
         import torch
 
-        assert isinstance(self.generator, LatentGenerator)
+        assert has_latents(self.generator)
         stored = torch.from_numpy(np.stack(latents)).to(torch.float32)
         return self._as_array(self.generator.decode(stored), len(latents))
 
     def _sampled(self, rows: pd.DataFrame) -> Array:
         if self.representation == "image":
             return self._as_array(self.generator.sample(rows), len(rows))
-        assert isinstance(self.generator, LatentGenerator)
+        assert has_latents(self.generator)
         return self._as_array(self.generator.sample_latents(rows), len(rows))
 
     def _as_array(self, made: torch.Tensor, count: int) -> Array:
@@ -126,7 +126,7 @@ def check_fit(generator: Generator, manifest: Manifest, representation: Represen
             f"generator {generator.name!r} makes volumes of shape {tuple(generator.shape)}, "
             f"manifest {manifest.name!r} holds {shape}; use another generator"
         )
-    if representation == "latent" and not isinstance(generator, LatentGenerator):
+    if representation == "latent" and not has_latents(generator):
         raise GeneratorError(
             f"generator {generator.name!r} makes volumes without latents; use one that has "
             "sample_latents() and decode(), or representation='image'"

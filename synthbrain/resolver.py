@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from generation.generator import LatentGenerator
+from generation.generator import has_latents
 from synthbrain import claims
 from synthbrain.errors import (
     DamagedShardError,
@@ -55,6 +55,7 @@ _BYTES_PER_VOXEL = 0.48
 """Measured on phantoms, uint8 and zstd -1; only for estimates."""
 
 _POLL_SECONDS = 0.2
+"""How long to wait at most before looking again for what another process is making."""
 
 _PATIENCE = 3
 """A source that fails so often in a row is not asked again."""
@@ -123,7 +124,7 @@ class Resolver:
         """What is stored of a row: the manifest's volumes, or the latents of :attr:`made_by`."""
         if self.representation == "image":
             return self.manifest.header.geometry
-        if isinstance(self.generator, LatentGenerator):
+        if has_latents(self.generator):
             return LatentGeometry(tuple(self.generator.latent_shape))
         shape = stored_shape(self._folder(self.made_by or "none"))
         return LatentGeometry() if shape is None else LatentGeometry(shape)
@@ -141,7 +142,7 @@ class Resolver:
     @cached_property
     def _latents(self) -> Resolver | None:
         """Reads the latents that volumes can be decoded from."""
-        if self.representation == "latent" or not isinstance(self.generator, LatentGenerator):
+        if self.representation == "latent" or not has_latents(self.generator):
             return None
         return replace(self, sources=(), representation="latent")
 
@@ -248,6 +249,11 @@ class Resolver:
         """
         yield from self._filled(self.execute(plan), plan)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what was made so far could be stored."""
+        return not self._unwritable
+
     def take(self, source: Source, plan: Plan, rows: NDArray[np.int64]) -> Iterator[int]:
         """Like :meth:`fill`, with as many of some rows as a source gives."""
         yield from self._filled(self._fetch(source, rows), plan)
@@ -260,12 +266,17 @@ class Resolver:
                 "another folder with store= (--store, SYNTHBRAIN_HOME), or ask for fewer rows"
             )
         self._unwritable = False  # it may be writable by now
-        for store in (self.recipes, self.published):
-            store.sweep()
+        self.sweep()
         for index, _ in arriving:
             if self._unwritable:
                 raise StoreError(f"{self.folder} cannot be written to; choose another with store=")
             yield index
+
+    def sweep(self) -> None:
+        """Delete what killed processes left in the store."""
+        for store in (self.recipes, self.published):
+            store.sweep()
+            claims.sweep(store.root)
 
     def volumes(self, indices: Sequence[int], *, threads: Executor | None = None) -> list[Array]:
         """The stored values of some rows, made or fetched first where missing.
@@ -418,7 +429,7 @@ class Resolver:
             return store.layout.decode(shard)
 
     def _sample(self, rows: list[int]) -> Iterator[tuple[int, Array]]:
-        queue, waiting = deque(rows), list[int]()
+        queue, waiting, since = deque(rows), list[int](), time.monotonic()
         while queue or waiting:
             batch = self._claim_some(queue, waiting)
             if batch:
@@ -433,7 +444,9 @@ class Resolver:
                     waiting.remove(index)
                     queue.append(index)
             if waiting and not queue:
-                time.sleep(_POLL_SECONDS)
+                # A tenth of what has been waited already: little is lost on quick generators.
+                waited = time.monotonic() - since
+                time.sleep(min(max(waited / 10, 0.005), _POLL_SECONDS))
 
     def _claim_some(self, queue: deque[int], waiting: list[int]) -> list[int]:
         """Take up to a batch of rows nobody else is making off the queue."""

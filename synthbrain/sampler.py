@@ -12,8 +12,9 @@ what :meth:`numpy.random.Generator.permutation` makes of them is not. It costs e
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
+from synthbrain.ahead import HasSupply, LookAhead
 from synthbrain.errors import UsageError
 from synthbrain.manifest import Manifest
 
@@ -53,6 +55,10 @@ class SynthBrainSampler(Sampler[int]):
     rows_digest
         Identity of the rows, kept in the state and compared when one is loaded. By default that
         of the dataset's manifest, if it has one.
+    ahead
+        How many rows beyond those already drawn to have fetched, or made by the sampling service,
+        where they are missing; 0 for none. Threads of this process see to it while somebody
+        iterates.
 
     Raises
     ------
@@ -105,6 +111,7 @@ class SynthBrainSampler(Sampler[int]):
         world_size: int | None = None,
         drop_last: bool = False,
         rows_digest: str = "",
+        ahead: int = 256,
     ) -> None:
         self._size = _size(dataset)
         self._seed = _whole("seed", seed, below=2**64)
@@ -114,6 +121,8 @@ class SynthBrainSampler(Sampler[int]):
                 f"{self._size} rows do not go round among {self._world_size} ranks; "
                 "leave drop_last out, or use fewer ranks"
             )
+        self._supply = dataset.supply() if isinstance(dataset, HasSupply) else None
+        self._ahead = _whole("ahead", ahead)
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.rows_digest = rows_digest or _digest_of(dataset)
@@ -272,10 +281,26 @@ class SynthBrainSampler(Sampler[int]):
         # Only now: loaders make iterators that they throw away, and those must not use it up.
         self._begin(self._epoch, self._start)
         self._start = 0
-        for row in self.upcoming(self._position, self._size):
-            self._position += self._world_size
-            yield int(row)
+        rows = self.upcoming(self._position, self._size)
+        with self._looking_ahead(rows) as asked:
+            for count, row in enumerate(rows, start=1):
+                self._position += self._world_size
+                asked(count)
+                yield int(row)
         self._epoch, self._position = self._epoch + 1, 0
+
+    @contextlib.contextmanager
+    def _looking_ahead(self, rows: NDArray[np.int64]) -> Iterator[Callable[[int], None]]:
+        """What to tell how many rows were drawn."""
+        if self._supply is None or not self._ahead:
+            yield lambda _: None
+            return
+        look = LookAhead(self._supply, rows, self._ahead)
+        try:
+            yield look.asked
+        except BaseException:  # nobody draws on; at the end, threads have theirs to finish
+            look.stop()
+            raise
 
     def _left(self, position: int) -> int:
         """Samples each rank gets of this epoch from a position on."""

@@ -279,7 +279,7 @@ class Store:
     def sweep(self, older_than: float = STALE_SECONDS) -> int:
         """Delete what killed writers left behind; returns how many files."""
         swept = 0
-        for path in (*self.root.glob("block-*/.*.partial"), *self.root.glob("block-*/*.claim")):
+        for path in self.root.glob("block-*/.*.partial"):
             try:
                 if time.time() - path.stat().st_mtime > older_than:
                     path.unlink()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from generation.covariates import NAMES, conditioning
-from generation.generator import LatentGenerator
+from generation.generator import LatentGenerator, has_latents
 from synthbrain.cohort import recipes
 from synthbrain.header import Geometry, Header, Licence
 from synthbrain.manifest import Manifest
@@ -156,7 +156,7 @@ def check_generator(generator: Generator, *, tolerance: float = 1e-4) -> None:
     assert generator.honours <= set(NAMES), f"honours {generator.honours}, not all covariates"
     assert generator.batch_size >= 1, "batch_size is below 1"
     assert generator.seconds_per_volume > 0, "seconds_per_volume is not positive"
-    if isinstance(generator, LatentGenerator):
+    if has_latents(generator):
         _check_latents(generator, rows, tolerance)
         _check_decoding(generator, rows, together, tolerance)
 

@@ -164,3 +164,13 @@ def test_on_a_full_disk_work_goes_on(small_disk):
             pass
     assert claims.claim(shard)
     claims.release(shard)
+
+
+def test_claims_of_nobody_are_swept_and_others_stay(tmp_path, dead):
+    held, left, old = (tmp_path / f"block-0000/c.{n}.0.0.0" for n in range(3))
+    assert claims.claim(held)
+    claim_of(left, owned(socket.gethostname(), dead))
+    age(claim_of(old, owned("elsewhere", 1)), HOUR)
+    claims.sweep(tmp_path)
+    assert [path.name for path in held.parent.iterdir()] == ["c.0.0.0.0.claim"]
+    claims.sweep(tmp_path / "nowhere")

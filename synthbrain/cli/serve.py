@@ -28,6 +28,10 @@ def serve_samples(
         typer.Option(metavar="SECONDS", min=0, help="Stop when nobody was connected for so long.",
                      show_default="run until stopped"),
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of the GPU's memory, at most.", show_default="all"),
+    ] = None,
     status: Annotated[
         bool, typer.Option("--status", metavar=" ", help="Ask the one that runs, and leave it.")
     ] = False,
@@ -49,7 +53,7 @@ def serve_samples(
         return
     say(f"serving {generator}; stop with Ctrl-C")
     try:
-        sampling.serve(generator, device=device, batch=batch, idle=idle)
+        sampling.serve(generator, device=device, batch=batch, idle=idle, memory=memory)
     except KeyboardInterrupt:
         say("stopped")
     # A thread may still be inside the generator, working for nobody: nothing waits for it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from generation.covariates import NAMES
+from synthbrain.ahead import HasSupply
 from synthbrain.dataset import Sample, Transform
 from synthbrain.errors import UsageError
 from synthbrain.mixing.landmarks import Landmarks
@@ -39,6 +41,9 @@ from synthbrain.mixing.tables import (
 if TYPE_CHECKING:
     import pandas as pd
     import torchio
+    from numpy.typing import NDArray
+
+    from synthbrain.ahead import Supply
 
 Match = Callable[[torch.Tensor], torch.Tensor]
 
@@ -206,6 +211,14 @@ class Mixed(Dataset[Any]):
         for dataset in (self.real, self.synthetic):
             _set_epoch(dataset, epoch)
 
+    def supply(self) -> Supply | None:
+        """How :class:`synthbrain.SynthBrainSampler` has synthetic rows before they are asked for.
+
+        Of the epoch that is set, and of synthetic datasets that can say what they miss.
+        """
+        inner = self.synthetic.supply() if isinstance(self.synthetic, HasSupply) else None
+        return None if inner is None else _SyntheticSupply(inner, self)
+
     def table(self, epoch: int) -> pd.DataFrame:
         """The rows of an epoch, in order of position.
 
@@ -269,6 +282,32 @@ class Mixed(Dataset[Any]):
                 f"{synthetic[1]}; they must agree: `synthbrain prepare` brings scans to the "
                 "synthetic volumes' grid and scale"
             )
+
+
+@dataclass
+class _SyntheticSupply:
+    """The synthetic side's supply, by position in the mix."""
+
+    inner: Supply
+    mixed: Mixed
+
+    @property
+    def batch(self) -> int:
+        return self.inner.batch
+
+    def missing(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        is_synthetic, mine = self._rows(rows)
+        missing = is_synthetic.copy()
+        missing[is_synthetic] = self.inner.missing(mine)
+        return missing
+
+    def prepare(self, rows: NDArray[np.int64]) -> bool:
+        return self.inner.prepare(np.unique(self._rows(rows)[1]))
+
+    def _rows(self, places: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Which positions hold synthetic samples, and the rows of those."""
+        synthetic, rows = chosen(self.mixed._rule, int(self.mixed._epoch))
+        return synthetic[places], rows[places][synthetic[places]]
 
 
 def _names(keys: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:

@@ -19,11 +19,13 @@ def main() -> int:
     parser.add_argument("--device", help="such as cpu or cuda:0; the generator's choice by default")
     parser.add_argument("--batch", type=int, help="rows made at once; the generator's by default")
     parser.add_argument("--idle", type=float, help="stop after so many seconds without clients")
+    parser.add_argument("--memory", type=float, help="share of the GPU's memory it may use")
     parser.add_argument("--sampling", type=json.loads, default={}, help="further options, as JSON")
     given = parser.parse_args()
     faulthandler.enable()
     try:
-        serve(given.name, device=given.device, batch=given.batch, idle=given.idle, **given.sampling)
+        options = {"device": given.device, "batch": given.batch, "memory": given.memory}
+        serve(given.name, idle=given.idle, **options, **given.sampling)
     except SynthBrainError as error:
         print(error, file=sys.stderr)
         return 1

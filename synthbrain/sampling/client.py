@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from generation.covariates import NAMES
 from synthbrain.errors import CovariateError, GeneratorError, UsageError
 from synthbrain.sampling import protocol
-from synthbrain.sampling.launch import connect, last_lines
+from synthbrain.sampling.launch import Limits, connect, last_lines
 from synthbrain.sampling.protocol import Facts, Message, Row
 from synthbrain.sampling.spec import Spec
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+
+    from synthbrain.quantise import Array
+    from synthbrain.sampling.maker import Work
 
 _ATTEMPTS = 2
 """A service that went down is started again once."""
@@ -31,8 +34,7 @@ class SharedGenerator:
     Parameters
     ----------
     generator
-        Name of a generator, as :func:`synthbrain.generators.load_generator` takes it, or
-        ``"package.module:callable"`` for what returns one.
+        Name of a generator, as :func:`synthbrain.generators.load_generator` takes it.
     device
         Where it computes, such as ``"cuda:0"``; the generator's own choice by default. Ranks with
         a device of their own get a service each.
@@ -41,6 +43,8 @@ class SharedGenerator:
         starts the service.
     idle
         Seconds the service outlives its last client; likewise.
+    memory
+        Share of its GPU's memory that it may use, in (0, 1]; likewise.
     sampling
         Further options of the generator, such as ``solver`` and ``steps``; of JSON's types.
 
@@ -68,14 +72,17 @@ class SharedGenerator:
         device: str | None = None,
         batch: int | None = None,
         idle: float = 60.0,
+        memory: float | None = None,
         **sampling: Any,
     ) -> None:
         if batch is not None and batch < 1:
             raise UsageError(f"batch must be at least 1, found {batch}")
         if not idle >= 0:
             raise UsageError(f"idle must be at least 0 seconds, found {idle}")
+        if memory is not None and not 0 < memory <= 1:
+            raise UsageError(f"memory must be a share in (0, 1], found {memory}")
         self.spec = Spec(generator, device, sampling)
-        self.batch, self.idle = batch, idle
+        self.limits = Limits(batch, idle, memory)
         self._facts: Facts | None = None
         self._free: list[Connection] = []
         self._owner = os.getpid()
@@ -140,6 +147,26 @@ class SharedGenerator:
         """Affine of its volumes; None for the default one."""
         return self.facts.affine
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int] | None:
+        """Values of one latent, ``(channel, x, y, z)``; None if it has none."""
+        return self.facts.latent_shape
+
+    def expect(self, digest: str) -> None:
+        """Make sure that the service holds a certain generator.
+
+        Raises
+        ------
+        GeneratorError
+            It holds another one, or cannot load any.
+        """
+        if self.digest != digest:
+            raise GeneratorError(
+                f"the sampling service holds {self.name}-{self.digest[:8]}, expected "
+                f"{digest[:8]}: other weights, or another device that computes otherwise; give the "
+                "dataset generator=SharedGenerator(...) to take what the service makes"
+            )
+
     def sample(self, rows: pd.DataFrame) -> torch.Tensor:
         """Have one volume made per row.
 
@@ -160,13 +187,55 @@ class SharedGenerator:
         GeneratorError
             The generator failed, or its service went down twice.
         """
-        import torch
+        return self._made("sample", _rows(rows), (1, *self.shape))
 
-        asked = _rows(rows)
-        if not asked:
-            return torch.empty((0, 1, *self.shape))
-        _, volumes = self._ask({"do": "sample", "digest": self.digest, "rows": asked})
-        return torch.from_numpy(volumes)
+    def sample_latents(self, rows: pd.DataFrame) -> torch.Tensor:
+        """Have one latent made per row.
+
+        Parameters
+        ----------
+        rows
+            As for :meth:`sample`.
+
+        Returns
+        -------
+        torch.Tensor
+            ``(n, *latent_shape)`` float32, on the CPU.
+
+        Raises
+        ------
+        CovariateError, GeneratorError
+            As for :meth:`sample`, or the generator has no latents.
+        """
+        return self._made("sample_latents", _rows(rows), self._latents())
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Have latents turned into volumes.
+
+        Parameters
+        ----------
+        latents
+            ``(n, *latent_shape)``, any floating type, on any device.
+
+        Returns
+        -------
+        torch.Tensor
+            ``(n, 1, x, y, z)`` float32 in [0, 1], on the CPU.
+
+        Raises
+        ------
+        UsageError
+            Latents of another shape.
+        GeneratorError
+            As for :meth:`sample`, or the generator has no latents.
+        """
+        expected = self._latents()
+        if tuple(latents.shape[1:]) != expected:
+            raise UsageError(
+                f"latents must have shape (n, {', '.join(map(str, expected))}), "
+                f"found {tuple(latents.shape)}"
+            )
+        return self._made("decode", latents.detach().float().cpu().numpy(), (1, *self.shape))
 
     def close(self) -> None:
         """Let go of the service; it is found or started again when needed."""
@@ -174,16 +243,32 @@ class SharedGenerator:
         for connection in free:
             connection.close()
 
-    def _ask(self, request: Message) -> tuple[Message, Any]:
-        """The reply and the volumes that come with it."""
+    def _latents(self) -> tuple[int, ...]:
+        if self.latent_shape is None:
+            raise GeneratorError(f"generator {self.name!r} makes volumes without latents")
+        return self.latent_shape
+
+    def _made(self, work: Work, of: list[Row] | Array, one: tuple[int, ...]) -> torch.Tensor:
+        """What the service makes of rows or latents, each of shape ``one``."""
+        import torch
+
+        if not len(of):
+            return torch.empty((0, *one))
+        request: Message = {"do": work, "digest": self.digest}
+        if isinstance(of, list):
+            _, made = self._ask({**request, "rows": of})
+        else:
+            _, made = self._ask(request, of)
+        return torch.from_numpy(made)
+
+    def _ask(self, request: Message, arrays: Array | None = None) -> tuple[Message, Any]:
+        """The reply to a request and to what comes with it, and the arrays that come back."""
         for _ in range(_ATTEMPTS):
             connection = self._take()
             try:
-                protocol.send(connection, request)
+                _send(connection, request, arrays)
                 reply = protocol.receive(connection)
-                volumes = None
-                if "volumes" in reply:
-                    volumes = protocol.receive_volumes(connection, reply)
+                made = protocol.receive_arrays(connection, reply) if "arrays" in reply else None
             except (EOFError, OSError):
                 connection.close()
                 self.close()  # the others lead to the same process
@@ -192,7 +277,7 @@ class SharedGenerator:
                 connection.close()  # its reply is still to come
                 raise
             self._give_back(connection, reply)
-            return reply, volumes
+            return reply, made
         raise GeneratorError(
             f"the sampling service of {self.spec.name!r} went down {_ATTEMPTS} times over the same "
             f"request; it said last: {last_lines(self.spec.folder())}"
@@ -205,7 +290,7 @@ class SharedGenerator:
         try:
             return self._free.pop()
         except IndexError:
-            return connect(self.spec, batch=self.batch, idle=self.idle)
+            return connect(self.spec, self.limits)
 
     def _give_back(self, connection: Connection, reply: Message) -> None:
         if "error" in reply and self._facts is None:
@@ -213,6 +298,14 @@ class SharedGenerator:
         else:
             self._free.append(connection)
         protocol.raise_error(reply)
+
+
+def _send(connection: Connection, request: Message, arrays: Array | None) -> None:
+    if arrays is None:
+        protocol.send(connection, request)
+        return
+    with protocol.packed(arrays) as memory:
+        protocol.send_arrays(connection, request, arrays.shape, memory)
 
 
 def _rows(rows: pd.DataFrame) -> list[Row]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,15 +28,24 @@ _POLL_SECONDS = 0.05
 _LAST_LINES = 5
 
 
-def connect(spec: Spec, *, batch: int | None, idle: float) -> Connection:
+@dataclass(frozen=True)
+class Limits:
+    """What a service that is started may use, as :func:`synthbrain.sampling.serve` takes it."""
+
+    batch: int | None = None
+    idle: float = 60.0
+    memory: float | None = None
+
+
+def connect(spec: Spec, limits: Limits) -> Connection:
     """Connect to the service of a generator; whoever comes first starts it.
 
     Parameters
     ----------
     spec
         The generator.
-    batch, idle
-        As in :func:`synthbrain.sampling.serve`, for a service that is started.
+    limits
+        Of a service that is started.
 
     Raises
     ------
@@ -55,9 +67,22 @@ def connect(spec: Spec, *, batch: int | None, idle: float) -> Connection:
             pass
         try:
             with protocol.lock(folder).acquire(timeout=0):
-                return _start(spec, folder, batch, idle)
+                return _start(spec, folder, limits)
         except filelock.Timeout:
             time.sleep(_POLL_SECONDS)
+
+
+def tidy(folder: Path) -> None:
+    """Take away what a killed service left, unless one serves there or is just starting."""
+    if not folder.exists():
+        return
+    lock = protocol.lock(folder)
+    with contextlib.suppress(OSError, filelock.Timeout), lock.acquire(timeout=0):
+        try:
+            protocol.dial(folder).close()
+        except NOT_THERE:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def last_lines(folder: Path) -> str:
@@ -100,8 +125,11 @@ def status(folder: str | os.PathLike[str]) -> Message:
         ) from None
 
 
-def _start(spec: Spec, folder: Path, batch: int | None, idle: float) -> Connection:
+def _start(spec: Spec, folder: Path, limits: Limits) -> Connection:
     """Start a service, unless somebody was quicker, and connect to it."""
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder:
+            tidy(other)
     process: subprocess.Popen[bytes] | None = None
     began = time.monotonic()
     while True:
@@ -112,7 +140,7 @@ def _start(spec: Spec, folder: Path, batch: int | None, idle: float) -> Connecti
         except NOT_THERE:
             pass
         if process is None:
-            process = _launch(spec, folder, batch, idle)
+            process = _launch(spec, folder, limits)
         elif ended or time.monotonic() - began > _START_SECONDS:
             process.kill()
             raise GeneratorError(
@@ -121,12 +149,13 @@ def _start(spec: Spec, folder: Path, batch: int | None, idle: float) -> Connecti
         time.sleep(_POLL_SECONDS)
 
 
-def _launch(spec: Spec, folder: Path, batch: int | None, idle: float) -> subprocess.Popen[bytes]:
+def _launch(spec: Spec, folder: Path, limits: Limits) -> subprocess.Popen[bytes]:
     """A process that shares nothing with this one: session, pipes, terminal."""
-    command = [sys.executable, "-m", "synthbrain.sampling", spec.name, f"--idle={idle}"]
+    command = [sys.executable, "-m", "synthbrain.sampling", spec.name, f"--idle={limits.idle}"]
     command.append(f"--sampling={json.dumps(spec.sampling)}")
     command += [] if spec.device is None else [f"--device={spec.device}"]
-    command += [] if batch is None else [f"--batch={batch}"]
+    command += [] if limits.batch is None else [f"--batch={limits.batch}"]
+    command += [] if limits.memory is None else [f"--memory={limits.memory}"]
     folder.mkdir(mode=0o700, exist_ok=True)
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(

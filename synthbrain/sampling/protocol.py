@@ -1,6 +1,6 @@
-"""What crosses between a sampling service and its clients: JSON, and volumes in shared memory.
+"""What crosses between a sampling service and its clients: JSON, and arrays in shared memory.
 
-Nothing is ever unpickled. Volumes lie in anonymous memory whose descriptor is passed along the
+Nothing is ever unpickled. Arrays lie in anonymous memory whose descriptor is passed along the
 socket: it has no name, so that nothing is left when either side is killed.
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import filelock
 import numpy as np
 
+from generation.generator import has_latents
 from synthbrain import errors
 from synthbrain.quantise import Array
 
@@ -53,6 +54,7 @@ class Facts:
     seconds_per_volume: float
     provenance: dict[str, str] = field(default_factory=dict)
     affine: tuple[tuple[float, ...], ...] | None = None
+    latent_shape: tuple[int, int, int, int] | None = None
 
     @classmethod
     def of(cls, generator: Generator, batch_size: int) -> Facts:
@@ -67,6 +69,7 @@ class Facts:
             seconds_per_volume=float(generator.seconds_per_volume),
             provenance=dict(getattr(generator, "provenance", {})),
             affine=None if affine is None else _nested(affine),
+            latent_shape=generator.latent_shape if has_latents(generator) else None,
         )
 
     def to_message(self) -> Message:
@@ -77,9 +80,14 @@ class Facts:
     def from_message(cls, told: Message) -> Facts:
         """The inverse of :meth:`to_message`."""
         x, y, z = told["shape"]
-        affine = told["affine"]
-        lists = {"honours": tuple(told["honours"]), "shape": (x, y, z)}
-        return cls(**told | lists | {"affine": None if affine is None else _nested(affine)})
+        affine, latent = told["affine"], told["latent_shape"]
+        lists = {
+            "honours": tuple(told["honours"]),
+            "shape": (x, y, z),
+            "affine": None if affine is None else _nested(affine),
+            "latent_shape": None if latent is None else tuple(latent),
+        }
+        return cls(**told | lists)
 
 
 def _nested(affine: Any) -> tuple[tuple[float, ...], ...]:
@@ -169,8 +177,8 @@ def raise_error(message: Message) -> None:
 
 
 @contextlib.contextmanager
-def packed(volumes: Sequence[Array]) -> Iterator[BinaryIO]:
-    """Float32 volumes in memory without a name, for :func:`send_volumes`.
+def packed(arrays: Iterable[Array]) -> Iterator[BinaryIO]:
+    """Float32 arrays in memory without a name, for :func:`send_arrays`.
 
     Raises
     ------
@@ -178,27 +186,29 @@ def packed(volumes: Sequence[Array]) -> Iterator[BinaryIO]:
         There is no room for them.
     """
     with _anonymous() as memory:
-        for volume in volumes:
-            memory.write(np.ascontiguousarray(volume, dtype=np.float32).data)
+        for array in arrays:
+            memory.write(np.ascontiguousarray(array, dtype=np.float32).data)
         memory.flush()
         yield memory
 
 
-def send_volumes(connection: Connection, shape: Sequence[int], memory: BinaryIO) -> None:
-    """Send packed volumes, ``(n, *shape)``."""
-    send(connection, {"volumes": list(shape)})
+def send_arrays(
+    connection: Connection, message: Message, shape: Sequence[int], memory: BinaryIO
+) -> None:
+    """Send a message and packed arrays of ``shape``, ``(n, ...)``."""
+    send(connection, {**message, "arrays": list(shape)})
     with socket.socket(fileno=os.dup(connection.fileno())) as channel:
-        socket.send_fds(channel, [b"v"], [memory.fileno()])
+        socket.send_fds(channel, [b"a"], [memory.fileno()])
 
 
-def receive_volumes(connection: Connection, message: Message) -> Array:
-    """The volumes a message announces, ``(n, *shape)`` float32."""
-    volumes = np.empty(message["volumes"], dtype=np.float32)
+def receive_arrays(connection: Connection, message: Message) -> Array:
+    """The arrays a message announces, ``(n, ...)`` float32."""
+    arrays = np.empty(message["arrays"], dtype=np.float32)
     with socket.socket(fileno=os.dup(connection.fileno())) as channel:
         data, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
     if not data:
         raise EOFError
-    left = volumes.data.cast("B")
+    left = arrays.data.cast("B")
     with open(descriptors[0], "rb", buffering=0) as memory:
         memory.seek(0)
         while left:
@@ -206,11 +216,11 @@ def receive_volumes(connection: Connection, message: Message) -> Array:
             if not count:
                 raise EOFError
             left = left[count:]
-    return volumes
+    return arrays
 
 
 def _anonymous() -> BinaryIO:
     """A file in memory without a name; on systems that have none, one that is already deleted."""
     if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("synthbrain-volumes"), "w+b")
+        return os.fdopen(os.memfd_create("synthbrain-arrays"), "w+b")
     return tempfile.TemporaryFile()

@@ -18,6 +18,7 @@ from typing import Any
 import filelock
 
 from synthbrain.errors import GeneratorError, UsageError
+from synthbrain.quantise import Array
 from synthbrain.sampling import protocol
 from synthbrain.sampling.maker import Maker, Order
 from synthbrain.sampling.protocol import KEY, NOT_THERE, SOCKET, Message, receive, send
@@ -36,6 +37,7 @@ def serve(
     device: str | None = None,
     batch: int | None = None,
     idle: float | None = None,
+    memory: float | None = None,
     **sampling: Any,
 ) -> None:
     """Serve a generator's volumes to this node's processes, until interrupted or idle.
@@ -51,6 +53,9 @@ def serve(
         Rows made at once; what the generator likes by default.
     idle
         Seconds without clients after which to stop; None goes on for ever.
+    memory
+        Share of its GPU's memory that it may use, in (0, 1]; all of it by default. Of no effect on
+        the CPU.
 
     Raises
     ------
@@ -61,13 +66,15 @@ def serve(
     """
     if batch is not None and batch < 1:
         raise UsageError(f"batch must be at least 1, found {batch}")
+    if memory is not None and not 0 < memory <= 1:
+        raise UsageError(f"memory must be a share in (0, 1], found {memory}")
     spec = Spec(name, device, sampling)
     folder = spec.folder()
     with contextlib.suppress(*NOT_THERE):
         protocol.dial(folder).close()
         raise UsageError(f"a sampling service of {name!r} runs already, in {folder}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    Service(folder, Maker(spec, batch), idle).run()
+    Service(folder, Maker(spec, batch, memory), idle).run()
 
 
 class Service:
@@ -165,6 +172,8 @@ class Service:
         if request["do"] == "status":
             send(connection, self._status())
             return
+        # Before anything else: while a request is worked on, its client is to be silent.
+        latents = protocol.receive_arrays(connection, request) if "arrays" in request else None
         _wait(connection, self.maker.loaded)
         if self.maker.failure is not None:
             protocol.send_error(connection, self.maker.failure)
@@ -172,9 +181,9 @@ class Service:
             assert self.maker.facts is not None
             send(connection, self.maker.facts.to_message())
         else:
-            self._make(connection, request)
+            self._make(connection, request, latents)
 
-    def _make(self, connection: Connection, request: Message) -> None:
+    def _make(self, connection: Connection, request: Message, latents: Array | None) -> None:
         assert self.maker.facts is not None
         found = self.maker.facts.digest
         if request["digest"] != found:
@@ -183,7 +192,8 @@ class Service:
                 connection, GeneratorError(f"{told}, {found[:8]} now); start the program again")
             )
             return
-        orders = self.maker.submit(tuple(row) for row in request["rows"])
+        of = latents if latents is not None else [tuple(row) for row in request["rows"]]
+        orders = self.maker.submit(request["do"], of)
         try:
             _wait(connection, lambda seconds: self.maker.collected(orders, seconds))
             _reply(connection, orders)
@@ -242,11 +252,11 @@ def _reply(connection: Connection, orders: list[Order]) -> None:
     if error is not None:
         protocol.send_error(connection, error)
         return
-    volumes = [order.volume for order in orders if order.volume is not None]
+    made = [order.values for order in orders if order.values is not None]
     with contextlib.ExitStack() as stack:
         try:
-            memory = stack.enter_context(protocol.packed(volumes))
+            memory = stack.enter_context(protocol.packed(made))
         except OSError as full:
             protocol.send_error(connection, full)
         else:
-            protocol.send_volumes(connection, [len(volumes), *volumes[0].shape], memory)
+            protocol.send_arrays(connection, {}, [len(made), *made[0].shape], memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthbrain import __version__
-from synthbrain.errors import GeneratorError, UsageError
+from synthbrain.errors import UsageError
 from synthbrain.home import home
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ class Spec:
     Parameters
     ----------
     name
-        As :func:`synthbrain.generators.load_generator` takes it, or ``"package.module:callable"``
-        for what returns a generator.
+        As :func:`synthbrain.generators.load_generator` takes it.
     device
         Where it computes; None leaves the choice to the generator.
     sampling
@@ -81,18 +79,6 @@ class Spec:
         from synthbrain.generators import GENERATORS, load_generator
 
         options = self.sampling if self.device is None else {**self.sampling, "device": self.device}
-        if ":" in self.name:
-            return self._imported()(**options)
         if self.name in GENERATORS and self.device == "cpu":
             options = self.sampling  # where they are anyway
         return load_generator(self.name, **options)
-
-    def _imported(self) -> Any:
-        module, _, attribute = self.name.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise GeneratorError(
-                f"cannot load generator {self.name!r}: {error}; expected 'package.module:callable' "
-                "with a module that new processes can import"
-            ) from None

@@ -92,3 +92,8 @@ def train(dataset, context, orders, folder, rank):
     for batch in loader:
         for id, image in zip(batch["id"], batch["image"], strict=True):
             np.save(folder / f"{rank}-{id}.npy", image.numpy())
+
+
+def logged():
+    """Noise that tells the file named by NOISE_LOG which seeds it made, NOISE_SECONDS a batch."""
+    return Noise(log=os.environ["NOISE_LOG"], seconds=float(os.environ.get("NOISE_SECONDS", "0")))

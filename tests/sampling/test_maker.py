@@ -39,7 +39,7 @@ def rows_of(manifest):
 def started(generator, batch=None, *, orders=()):
     """A maker at work, with rows that were there before it."""
     maker = Maker(Loads(generator), batch)
-    submitted = [maker.submit(rows) for rows in orders]
+    submitted = [maker.submit("sample", rows) for rows in orders]
     threading.Thread(target=maker.run, daemon=True).start()
     return maker, submitted
 
@@ -67,7 +67,7 @@ def test_rows_asked_for_twice_are_made_once_and_everybody_gets_them(rows, tmp_pa
     maker, orders = started(Noise(tmp_path / "log"), orders=asked)
     for wanted, given_ in zip(asked, orders, strict=True):
         assert maker.collected(given_, 10)
-        assert [order.row for order in given_] == wanted
+        assert [order.of for order in given_] == wanted
     assert Counter(chain(*seeds_of(tmp_path / "log"))) == Counter(row[-1] for row in rows[:9])
 
 
@@ -77,12 +77,12 @@ def test_the_same_seed_with_other_covariates_is_another_row(rows, tmp_path):
         Noise(tmp_path / "log"), orders=[[(id, 0.0, *others), (id, 1.0, *others)]]
     )
     assert maker.collected(orders, 10)
-    assert not np.array_equal(orders[0].volume, orders[1].volume)
+    assert not np.array_equal(orders[0].values, orders[1].values)
 
 
 def test_rows_nobody_waits_for_any_more_are_not_made(rows, tmp_path):
     maker = Maker(Loads(Noise(tmp_path / "log")))
-    left, kept = maker.submit(rows[:8]), maker.submit(rows[6:10])
+    left, kept = maker.submit("sample", rows[:8]), maker.submit("sample", rows[6:10])
     maker.forget(left)
     assert maker.queued == 4
     threading.Thread(target=maker.run, daemon=True).start()
@@ -119,7 +119,7 @@ def test_a_device_that_is_lost_ends_the_maker_rather_than_fail_every_row(rows):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     maker = Maker(Loads(Lost()))
-    orders = maker.submit(rows[:2])
+    orders = maker.submit("sample", rows[:2])
     with pytest.raises(RuntimeError, match="CUDA error"):
         maker.run()
     assert not any(order.done for order in orders)
@@ -146,7 +146,7 @@ def test_whoever_asks_for_whatever_gets_what_the_generator_makes(asked, batch):
     for indices, given_ in zip(asked, orders, strict=True):
         assert maker.collected(given_, 10)
         for index, order in zip(indices, given_, strict=True):
-            assert np.array_equal(order.volume, plain[index])
+            assert np.array_equal(order.values, plain[index])
     assert maker.made == len({index for indices in asked for index in indices})
     for given_ in orders:
         maker.forget(given_)

@@ -33,7 +33,7 @@ def serving():
         @contextlib.contextmanager
         def run(shared):
             folder = shared.spec.folder()
-            service = Service(folder, Maker(shared.spec, shared.batch), idle=0.0)
+            service = Service(folder, Maker(shared.spec, shared.limits.batch), idle=0.0)
             thread = threading.Thread(target=lambda: ignoring(service.run))
             thread.start()
             keeper = until(lambda: connection(folder))

@@ -1,0 +1,101 @@
+"""A generator given by name: loaded in this process, or left to the node's service."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from generation.generator import has_latents
+from synthbrain.sampling.client import SharedGenerator
+from synthbrain.sampling.launch import tidy
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from generation.generator import Generator
+
+IDLE_SECONDS = 10.0
+"""How long a service that nobody asked for by name outlives its clients."""
+
+
+class RoutedGenerator:
+    """A generator that computes here, and in DataLoader workers asks the service instead.
+
+    Parameters
+    ----------
+    name
+        As :func:`synthbrain.generators.load_generator` takes it.
+    here
+        What it gave for that name; says what there is to say of it.
+
+    Notes
+    -----
+    Workers cannot each hold a model, and forked ones cannot use a GPU. The process they belong to
+    computes for itself until :meth:`share` is called: then the service does that, too, and there is
+    one model for all of them.
+    """
+
+    def __init__(self, name: str, here: Generator) -> None:
+        self.name, self.honours, self.shape = here.name, here.honours, here.shape
+        self.digest = here.digest
+        self.batch_size = here.batch_size
+        self.provenance: dict[str, str] = dict(getattr(here, "provenance", {}))
+        self.affine = getattr(here, "affine", None)
+        self.latent_shape = here.latent_shape if has_latents(here) else None
+        self.shared = SharedGenerator(
+            name if ":" in name else here.name, device=local_device(os.environ), idle=IDLE_SECONDS
+        )
+        weakref.finalize(self, tidy, self.shared.spec.folder())
+        self._here: Any = here
+        self._shares = False
+
+    def __repr__(self) -> str:
+        return f"<RoutedGenerator of {self.name!r}>"
+
+    @property
+    def seconds_per_volume(self) -> float:
+        """Rough cost on this machine."""
+        return self._here.seconds_per_volume
+
+    def share(self) -> None:
+        """Leave it all to the service from now on."""
+        self._shares = True
+
+    def sample(self, rows: pd.DataFrame) -> torch.Tensor:
+        """As :meth:`generation.generator.Generator.sample`."""
+        return self._current().sample(rows)
+
+    def sample_latents(self, rows: pd.DataFrame) -> torch.Tensor:
+        """As :meth:`generation.generator.LatentGenerator.sample_latents`."""
+        return self._current().sample_latents(rows)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """As :meth:`generation.generator.LatentGenerator.decode`."""
+        return self._current().decode(latents)
+
+    def _current(self) -> Any:
+        from torch.utils.data import get_worker_info
+
+        if not self._shares and get_worker_info() is None:
+            return self._here
+        self.shared.expect(self.digest)
+        return self.shared
+
+
+def local_device(environ: os._Environ[str] | dict[str, str]) -> str | None:
+    """The device of this rank, where `torchrun` started several and each has its own.
+
+    Returns
+    -------
+    str or None
+        Such as ``"cuda:1"``; None leaves the choice to the generator.
+    """
+    rank = environ.get("LOCAL_RANK")
+    if rank is None:
+        return None
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{int(rank) % count}" if count > 1 else None
