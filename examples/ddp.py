@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py --generator phantom
 
-Every process has the same mix and store. torch's DistributedSampler deals the positions of an
-epoch out; what a row's sample is does not depend on who asks, and a volume that one process is
-making the others wait for.
+Every process has the same mix and store. The sampler deals the positions of an epoch out and has
+missing volumes made ahead; what a row's sample is does not depend on who asks, and one service
+makes the volumes of all processes and their workers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import hashlib
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from synthbrain import SynthBrainDataset, draw_cohort
+from synthbrain import SynthBrainDataset, SynthBrainSampler, draw_cohort
 from synthbrain.mixing import mix
 
 
@@ -51,10 +51,11 @@ def main() -> None:
         )
     )  # fmt: skip
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
-    sampler = DistributedSampler(mixed, shuffle=False)  # the mix is in random order already
+    sampler = SynthBrainSampler(mixed, shuffle=False)  # the mix is in random order already
     loader = DataLoader(mixed, options.batch, sampler=sampler, num_workers=options.workers)
     for epoch in range(options.epochs):
         mixed.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         ids: list[str] = []
         for batch in loader:
             loss = nn.functional.l1_loss(model(batch["image"])[:, 0], batch["age"])

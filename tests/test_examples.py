@@ -9,21 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from synthbrain import SynthBrainDataset
-from synthbrain.generators import GENERATORS
+from synthbrain import SynthBrainDataset, draw_cohort
 from synthbrain.testing import TinyGenerator, tiny_manifest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-WITH_TINY_VOLUMES = """
-import runpy, sys
-from synthbrain.generators import GENERATORS
-from synthbrain.testing import TinyGenerator
-
-GENERATORS["tiny"] = TinyGenerator
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+TINY = "synthbrain.testing:TinyGenerator"
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.usefixtures("one_thread")]
 
@@ -36,8 +27,7 @@ def like(tmp_path):
 
 @pytest.fixture
 def example(monkeypatch, capsys):
-    """Runs an example, with ``--generator tiny`` at hand, and returns what it printed."""
-    monkeypatch.setitem(GENERATORS, "tiny", TinyGenerator)
+    """Runs an example and returns what it printed."""
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -52,7 +42,7 @@ def in_store(folder):
 
 
 def test_brain_age_with_stand_ins(example, like, tmp_path):
-    small = ["--generator", "tiny", "--like", like, "--store", tmp_path / "store", "--width", 2]
+    small = ["--generator", TINY, "--like", like, "--store", tmp_path / "store", "--width", 2]
     some = ["--stand-ins", 60, "--pool", 50, "--steps", 6, "--ratio", 0.4]
     printed = example("brain_age.py", *small, *some, "--lr", 0.01)
     assert "another cohort of the generator stands in" in printed
@@ -71,7 +61,7 @@ def test_brain_age_with_what_prepare_wrote(example, like, tmp_path):
     rows = tiny_manifest(60, name="scans", seed=4)
     rows.save(ready / "manifest")
     SynthBrainDataset(rows, generator=TinyGenerator(), store=ready / "store").fill(progress=False)
-    small = ["--generator", "tiny", "--like", like, "--store", tmp_path / "store", "--width", 2]
+    small = ["--generator", TINY, "--like", like, "--store", tmp_path / "store", "--width", 2]
     printed = example("brain_age.py", "--real", ready, *small, "--pool", 50, "--steps", 3)
     assert "stands in" not in printed
     assert len(re.findall(r"standard error [\d.]+", printed)) == 2
@@ -79,7 +69,7 @@ def test_brain_age_with_what_prepare_wrote(example, like, tmp_path):
 
 def test_ventricles_are_learnt_from_a_cohort_made_on_the_way(example, like, tmp_path):
     store = tmp_path / "store"
-    options = ["-n", 60, "--like", like, "--generator", "tiny", "--store", store, "--epochs", 2]
+    options = ["-n", 60, "--like", like, "--generator", TINY, "--store", store, "--epochs", 2]
     printed = example("ventricles.py", *options, "--width", 2)
     assert re.findall(r"epoch (\d): loss [\d.]+, 0 volumes missing", printed) == ["0", "1"]
     assert re.search(r"\d+ volumes held out: mean error [\d.]+ ml", printed)
@@ -90,12 +80,20 @@ def test_ventricles_are_learnt_from_a_cohort_made_on_the_way(example, like, tmp_
     assert in_store(store) == made
 
 
+def test_brain_age_by_lightning(example, like, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    options = ["-n", 40, "--like", like, "--generator", TINY, "--store", store, "--epochs", 2]
+    printed = example("brain_age_lightning.py", *options, "--width", 2, "--workers", 1)
+    assert re.search(r"mean error [\d.]+ years", printed)
+    rows = draw_cohort(40, like=str(like), name="ages").table["split"]
+    assert in_store(store) == rows.isin(["train", "validation"]).sum()
+
+
 def test_two_processes_train_the_same_model_on_one_mix(like, tmp_path):
-    runner = tmp_path / "runner.py"
-    runner.write_text(WITH_TINY_VOLUMES)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-        runner, EXAMPLES / "ddp.py", "-n", 12, "--like", like, "--generator", "tiny",
+        EXAMPLES / "ddp.py", "-n", 12, "--like", like, "--generator", TINY,
         "--store", tmp_path / "store", "--epochs", 2, "--width", 2,
     ]  # fmt: skip
     done = subprocess.run(
