@@ -23,8 +23,9 @@ import torch
 import synthbrain
 from generation.evaluate.gradient_ssim import GradientSsim
 from generation.evaluate.med3d import random_med3d
+from generation.evaluate.multiscale import WEIGHTS
 from generation.evaluate.segmentations import PhantomMeasurer
-from generation.evaluate.ssim import WEIGHTS, ms_ssim
+from generation.evaluate.ssim import ms_ssim
 from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.named import opener
 
@@ -48,19 +49,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     volumes = VolumeSet("phantoms", opener("phantoms:1200", store=options.store)(limit=2))
-    first, second = volumes[0][None], volumes[1][None]
-    lines = [*times(first, second, volumes, options.rounds), "", *memory(options)]
+    lines = [*times(volumes, options.rounds), "", *memory(options)]
     report = "\n".join([*heading(), *lines, ""])
     print(report)
     if options.out:
         options.out.write_text(report, encoding="utf-8")
 
 
-def times(first: torch.Tensor, second: torch.Tensor, volumes: VolumeSet, rounds: int) -> list[str]:
+def times(volumes: VolumeSet, rounds: int) -> list[str]:
     """A row for each thing that is done to every volume or pair."""
     from monai.metrics import MultiScaleSSIMMetric
     from pytorch_msssim import ms_ssim as other
 
+    first, second = volumes[0][None], volumes[1][None]
     gradient, network, measurer = GradientSsim(), random_med3d(), PhantomMeasurer()
     prepared = gradient.prepare(first), gradient.prepare(second)
     monai = MultiScaleSSIMMetric(3, kernel_size=7, kernel_sigma=1.5)

@@ -32,7 +32,8 @@ from generation.evaluate.segmentations import PhantomMeasurer
 from generation.evaluate.vectors import coarse_voxels, vectors
 from synthbrain.evaluation.conditioning import conditioning
 from synthbrain.evaluation.diversity import diversity
-from synthbrain.evaluation.fidelity import fidelity
+from synthbrain.evaluation.fidelity import FeatureSpace, fidelity
+from synthbrain.evaluation.measuring import Instruments
 from synthbrain.evaluation.metrics import metrics
 from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.named import opener
@@ -146,10 +147,12 @@ def spoiled(synthetic: VolumeSet, training: VolumeSet) -> Iterator[tuple[str, st
 
 def measured(spoilt: Any, real: VolumeSet, folder: Path) -> dict[str, float]:
     """Figures of one set; features, pairs and measurements are kept."""
+    space = FeatureSpace(network=random_med3d(), folder=folder / "features")
+    instruments = Instruments(folder=folder / "measured", measurer=PhantomMeasurer())
     results = {
-        "fidelity": fidelity(spoilt, real, random_med3d(), folder / "features"),
+        "fidelity": fidelity(spoilt, real, space),
         "diversity": diversity([spoilt], folder / "pairs", measures=("ms-ssim",), count=100),
-        "conditioning": conditioning(spoilt, folder / "measured", measurer=PhantomMeasurer()),
+        "conditioning": conditioning(spoilt, instruments),
     }
     return metrics(results)
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from generation.covariates import SEX, by_name
 from generation.errors import EvaluationError
-from generation.evaluate.conditioning import Estimate, Values, interval
+from generation.evaluate.intervals import Bootstrap, IntervalEstimate
+
+if TYPE_CHECKING:
+    from generation.evaluate.intervals import Values
+
+    _Measure = Callable[[Values, Values, Values], Values]
 
 Verdict = Literal["helps", "hurts", "undecided"]
 Metric = Literal["mae", "r", "auc"]
@@ -35,6 +40,11 @@ class Arm:
             return "synthetic"
         return f"{'mixed' if self.synthetic else 'real'}-{self.real:g}"
 
+    @property
+    def baseline(self) -> Arm:
+        """The arm without synthetic volumes it is set against: as many real ones, or all."""
+        return Arm(self.real or 1.0, False)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -46,7 +56,7 @@ class Score:
     arm: str
     target: str
     metric: Metric
-    estimate: Estimate
+    estimate: IntervalEstimate
     by_seed: tuple[float, ...]
 
 
@@ -61,7 +71,7 @@ class Difference:
     baseline: str
     target: str
     metric: Metric
-    estimate: Estimate
+    estimate: IntervalEstimate
     verdict: Verdict
 
     def __str__(self) -> str:
@@ -119,8 +129,7 @@ def check_spread(names: Sequence[str], asked: Values) -> None:
 def compare(
     names: Sequence[str],
     asked: Values,
-    predicted: Mapping[str, Values],
-    arms: Sequence[Arm],
+    predicted: Mapping[Arm, Values],
     *,
     level: float,
     resamples: int,
@@ -134,9 +143,8 @@ def compare(
     asked
         ``(n, k)``, what the test subjects have, in natural units.
     predicted
-        By arm, ``(seeds, n, k)``, what networks say; of sex the probability of being male.
-    arms
-        All of them.
+        By arm, ``(seeds, n, k)``, what networks say; of sex the probability of being male. The
+        baseline of each arm must be there.
     level, resamples
         Of the intervals.
 
@@ -146,70 +154,73 @@ def compare(
         As :func:`check_spread`.
     """
     check_spread(names, asked)
+    bootstrap = Bootstrap(level=level, resamples=resamples)
     scores: list[Score] = []
     differences: list[Difference] = []
     for place, target in enumerate(names):
-        truth = asked[:, place]
         metrics: tuple[Metric, ...] = ("auc",) if target == SEX.name else ("mae", "r")
         for metric in metrics:
-            known = {}
-            for arm in arms:
-                drawn = _resampled(metric, truth, predicted[arm.name][..., place], resamples)
-                known[arm.name] = drawn
-                by_seed, means = drawn
-                estimate = interval(float(by_seed.mean()), _finite(means), level)
-                scores.append(Score(arm.name, target, metric, estimate, tuple(by_seed.tolist())))
-            differences += [
-                _difference(
-                    arm.name, Arm(arm.real or 1.0, False).name, target, metric, known, level
+            drawn = {
+                arm: _resampled(
+                    METRICS[metric], asked[:, place], told[..., place], bootstrap=bootstrap
                 )
-                for arm in arms
-                if arm.synthetic
+                for arm, told in predicted.items()
+            }
+            scores += [
+                Score(arm.name, target, metric, one.estimate(), tuple(one.by_seed.tolist()))
+                for arm, one in drawn.items()
             ]
+            for arm in (arm for arm in drawn if arm.synthetic):
+                estimate = drawn[arm].less(drawn[arm.baseline]).estimate()
+                verdict = _verdict(metric, estimate)
+                differences.append(
+                    Difference(arm.name, arm.baseline.name, target, metric, estimate, verdict)
+                )
     return Utility(tuple(scores), tuple(differences))
 
 
-def _difference(
-    arm: str,
-    baseline: str,
-    target: str,
-    metric: Metric,
-    known: Mapping[str, tuple[Values, Values]],
-    level: float,
-) -> Difference:
-    (one, ones), (other, others) = known[arm], known[baseline]
-    estimate = interval(float((one - other).mean()), _finite(ones - others), level)
+def _verdict(metric: Metric, difference: IntervalEstimate) -> Verdict:
     better = -1 if metric == "mae" else 1
-    low, high = sorted((better * estimate.low, better * estimate.high))
-    verdict: Verdict = "helps" if low > 0 else "hurts" if high < 0 else "undecided"
-    return Difference(arm, baseline, target, metric, estimate, verdict)
+    low, high = sorted((better * difference.low, better * difference.high))
+    return "helps" if low > 0 else "hurts" if high < 0 else "undecided"
+
+
+class _Resampled(NamedTuple):
+    """A metric of each seed, and its mean over seeds in every resample."""
+
+    by_seed: Values
+    means: Values
+    bootstrap: Bootstrap
+
+    def less(self, other: _Resampled) -> _Resampled:
+        """Differences, pair by pair."""
+        return self._replace(by_seed=self.by_seed - other.by_seed, means=self.means - other.means)
+
+    def estimate(self) -> IntervalEstimate:
+        """The mean over seeds. Resamples that lack a class or differ in nothing do not count."""
+        means = self.means[np.isfinite(self.means)]
+        return self.bootstrap.interval(float(self.by_seed.mean()), means)
 
 
 def _resampled(
-    metric: Metric, truth: Values, predicted: Values, resamples: int
-) -> tuple[Values, Values]:
-    """A metric of each seed, and its mean over seeds where seeds and subjects are drawn anew.
+    measured: _Measure, truth: Values, predicted: Values, *, bootstrap: Bootstrap
+) -> _Resampled:
+    """A metric where seeds and subjects are drawn anew; ``predicted`` is ``(seeds, n)``.
 
-    Every call draws the same: resamples of two arms are pairs. ``predicted`` is ``(seeds, n)``.
+    Every call draws the same: resamples of two arms are pairs.
     """
     count, n = predicted.shape
-    draw = np.random.Generator(np.random.Philox(0))
-    measured = METRICS[metric]
+    draw = bootstrap.draw()
     means = []
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
+    for start in range(0, bootstrap.resamples, _CHUNK):
+        size = min(_CHUNK, bootstrap.resamples - start)
         subjects = draw.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
         seeds = draw.multinomial(count, np.full(count, 1 / count), size=size) / count
         each = np.stack([measured(truth, told, subjects) for told in predicted], axis=1)
         means.append((each * seeds).sum(axis=1))
     whole = np.ones((1, n))
     by_seed = np.array([measured(truth, told, whole)[0] for told in predicted])
-    return by_seed, np.concatenate(means)
-
-
-def _finite(values: Values) -> Values:
-    """Without resamples that lack a class, or differ in nothing."""
-    return values[np.isfinite(values)]
+    return _Resampled(by_seed, np.concatenate(means), bootstrap)
 
 
 def _mae(truth: Values, told: Values, weights: Values) -> Values:
@@ -239,6 +250,5 @@ def _auc(truth: Values, told: Values, weights: Values) -> Values:
     return np.asarray(won / np.where(pairs > 0, pairs, np.nan))
 
 
-METRICS: dict[Metric, Callable[[Values, Values, Values], Values]] = {
-    "mae": _mae, "r": _r, "auc": _auc
-}  # fmt: skip
+METRICS: Mapping[Metric, _Measure] = {"mae": _mae, "r": _r, "auc": _auc}
+"""By name: of truth and predictions ``(n,)`` and weights ``(resamples, n)``, ``(resamples,)``."""

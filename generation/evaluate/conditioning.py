@@ -7,30 +7,25 @@ alone hides a wrong scale, so slope, intercept and errors are told beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from generation.errors import EvaluationError
+from generation.evaluate.intervals import (
+    RESAMPLES,
+    Bootstrap,
+    IntervalEstimate,
+    normal_quantile,
+    wilson,
+)
 
 Values = NDArray[np.float64]
-
-RESAMPLES = 2000
-"""Bootstrap resamples of an interval."""
 
 _FEWEST = 3
 _DECILES = 10
 _CHUNK = 4_000_000
-
-
-class Estimate(NamedTuple):
-    """A value and the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Bias(NamedTuple):
@@ -64,9 +59,9 @@ class Fit:
     """
 
     n: int
-    r: Estimate | None
-    slope: Estimate | None
-    intercept: Estimate | None
+    r: IntervalEstimate | None
+    slope: IntervalEstimate | None
+    intercept: IntervalEstimate | None
     mean_absolute_error: float
     mean_error: float
     bias: tuple[Bias, ...]
@@ -107,8 +102,8 @@ class Classification:
 
     n: int
     n_failed: int
-    auc: Estimate | None
-    accuracy: Estimate
+    auc: IntervalEstimate | None
+    accuracy: IntervalEstimate
 
 
 def agreement(
@@ -141,10 +136,11 @@ def agreement(
         The arrays differ in length, or asked values are not finite.
     """
     x, y = pairs_of(asked, measured)
+    bootstrap = Bootstrap(level=level, resamples=resamples, seed=seed)
     there = np.isfinite(y)
     within = (x >= trained[0]) & (x <= trained[1])
     fits = [
-        _fit(x[part], y[part], level, resamples, seed) if part.any() else None
+        _fit(x[part], y[part], bootstrap) if part.any() else None
         for part in (there & within, there & ~within)
     ]
     return Agreement(n=len(x), n_failed=int((~there).sum()), trained=fits[0], extrapolated=fits[1])
@@ -183,11 +179,13 @@ def classification(
         n=len(x),
         n_failed=int((~there).sum()),
         auc=roc_auc(x[there], y[there], level=level),
-        accuracy=_wilson(right, int(there.sum()), level),
+        accuracy=wilson(right, int(there.sum()), level),
     )
 
 
-def roc_auc(classes: ArrayLike, scores: ArrayLike, *, level: float = 0.95) -> Estimate | None:
+def roc_auc(
+    classes: ArrayLike, scores: ArrayLike, *, level: float = 0.95
+) -> IntervalEstimate | None:
     """Area under the ROC curve: how often a case of class 1 scores above one of class 0.
 
     Parameters
@@ -201,7 +199,7 @@ def roc_auc(classes: ArrayLike, scores: ArrayLike, *, level: float = 0.95) -> Es
 
     Returns
     -------
-    Estimate or None
+    IntervalEstimate or None
         With the interval of DeLong et al. 1988, by midranks (Sun & Xu 2014, eq. 8); None where a
         class is absent.
     """
@@ -217,10 +215,10 @@ def roc_auc(classes: ArrayLike, scores: ArrayLike, *, level: float = 0.95) -> Es
     below = 1 - (ranks[m:] - rankdata(zeros)) / m
     area = float(above.mean())
     if min(m, n) == 1:
-        return Estimate(area, 0.0, 1.0)
+        return IntervalEstimate(area, 0.0, 1.0)
     variance = above.var(ddof=1) / m + below.var(ddof=1) / n
-    reach = _quantile(level) * float(np.sqrt(variance))
-    return Estimate(area, max(0.0, area - reach), min(1.0, area + reach))
+    reach = normal_quantile(level) * float(np.sqrt(variance))
+    return IntervalEstimate(area, max(0.0, area - reach), min(1.0, area + reach))
 
 
 def pairs_of(asked: ArrayLike, measured: ArrayLike) -> tuple[Values, Values]:
@@ -244,13 +242,13 @@ def pairs_of(asked: ArrayLike, measured: ArrayLike) -> tuple[Values, Values]:
     return x, y
 
 
-def _fit(x: Values, y: Values, level: float, resamples: int, seed: int) -> Fit:
+def _fit(x: Values, y: Values, bootstrap: Bootstrap) -> Fit:
     error = y - x
     note = _note(x, y)
     slope, intercept, r = None, None, None
     if len(x) >= _FEWEST and np.ptp(x) > 0:
-        slope, intercept = _line(x, y, level, resamples, seed)
-        r = _pearson(x, y, level) if np.ptp(y) > 0 else None
+        slope, intercept = _line(x, y, bootstrap)
+        r = _pearson(x, y, bootstrap.level) if np.ptp(y) > 0 else None
     return Fit(
         n=len(x),
         r=r,
@@ -271,27 +269,25 @@ def _note(x: Values, y: Values) -> str:
     return "all measured values are the same: there is no correlation" if np.ptp(y) == 0 else ""
 
 
-def _pearson(x: Values, y: Values, level: float) -> Estimate:
+def _pearson(x: Values, y: Values, level: float) -> IntervalEstimate:
     """With the interval of Fisher's transformation, whose variance is ``1 / (n - 3)``."""
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
     if len(x) <= _FEWEST:
-        return Estimate(r, -1.0, 1.0)
-    reach = _quantile(level) / np.sqrt(len(x) - 3)
+        return IntervalEstimate(r, -1.0, 1.0)
+    reach = normal_quantile(level) / np.sqrt(len(x) - 3)
     with np.errstate(divide="ignore"):
         low, high = np.tanh(np.arctanh(r) + reach * np.array((-1, 1)))
-    return Estimate(r, float(low), float(high))
+    return IntervalEstimate(r, float(low), float(high))
 
 
-def _line(
-    x: Values, y: Values, level: float, resamples: int, seed: int
-) -> tuple[Estimate, Estimate]:
+def _line(x: Values, y: Values, bootstrap: Bootstrap) -> tuple[IntervalEstimate, IntervalEstimate]:
     """Slope and intercept with percentile intervals; resamples of a single value are left out."""
-    draw, n = np.random.Generator(np.random.Philox(seed)), len(x)
+    draw, n = bootstrap.draw(), len(x)
     u, v = x - x.mean(), y - y.mean()
     slopes, intercepts = [], []
     size = max(1, _CHUNK // n)
-    for start in range(0, resamples, size):
-        chosen = draw.integers(n, size=(min(size, resamples - start), n))
+    for start in range(0, bootstrap.resamples, size):
+        chosen = draw.integers(n, size=(min(size, bootstrap.resamples - start), n))
         a, b = u[chosen], v[chosen]
         means = a.mean(axis=1), b.mean(axis=1)
         a -= means[0][:, None]
@@ -303,15 +299,9 @@ def _line(
     slope_of_all = float((u * v).sum() / (u**2).sum())
     at_zero = float(y.mean() - slope_of_all * x.mean())
     return (
-        interval(slope_of_all, np.concatenate(slopes), level),
-        interval(at_zero, np.concatenate(intercepts), level),
+        bootstrap.interval(slope_of_all, np.concatenate(slopes)),
+        bootstrap.interval(at_zero, np.concatenate(intercepts)),
     )
-
-
-def interval(value: float, resampled: Values, level: float) -> Estimate:
-    """A value with the percentile interval of its resamples."""
-    low, high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2))
-    return Estimate(value, float(low), float(high))
 
 
 def _bias(x: Values, error: Values) -> tuple[Bias, ...]:
@@ -321,15 +311,3 @@ def _bias(x: Values, error: Values) -> tuple[Bias, ...]:
         Bias(float(x[here].min()), float(x[here].max()), int(here.sum()), float(error[here].mean()))
         for here in (group == number for number in np.unique(group))
     )
-
-
-def _wilson(share: float, n: int, level: float) -> Estimate:
-    """Interval of a share of ``n`` (Wilson 1927)."""
-    z = _quantile(level)
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Estimate(share, max(0.0, float(middle - reach)), min(1.0, float(middle + reach)))
-
-
-def _quantile(level: float) -> float:
-    return NormalDist().inv_cdf((1 + level) / 2)

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from generation.errors import EvaluationError
-from generation.evaluate.estimates import Estimate, checked_features, jackknife_error, shuffled
+from generation.evaluate.estimates import PointEstimate, checked_pair, jackknife_error, shuffled
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from generation.evaluate.estimates import Array, Rows
 
+    Vary = Literal["both", "generated"]
+
 _BLOCK = 1024
 """Rows of a kernel matrix that are held at once."""
 
 
 @dataclass(frozen=True)
-class Extrapolated(Estimate):
+class Extrapolated(PointEstimate):
     """A distance extrapolated to samples without end, and what it was extrapolated from.
 
     Parameters
@@ -77,7 +79,8 @@ def frechet_of_gaussians(
         raise EvaluationError(
             f"expected two means (d,) and two covariances (d, d) of one d, found {found}"
         )
-    return _frechet(*means, *(_root(spread) for spread in spreads))
+    one, other = (_Gaussian(m, _root(s)) for m, s in zip(means, spreads, strict=True))
+    return _frechet(one, other)
 
 
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
@@ -108,15 +111,15 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     and the trace of the root is the sum of the singular values of ``A Bᵀ``: exact for any n, and
     cheap for n < d. Where n > d, ``A`` is first replaced by its triangular factor.
     """
-    a, b = _pair(a, b)
-    return _frechet(a.mean(axis=0), b.mean(axis=0), _factor(a), _factor(b))
+    one, other = (_Gaussian(x.mean(axis=0), _factor(x)) for x in checked_pair(a, b))
+    return _frechet(one, other)
 
 
 def frechet_infinity(
     real: ArrayLike,
     generated: ArrayLike,
     *,
-    vary: Literal["both", "generated"] = "both",
+    vary: Vary = "both",
     parts: int = 5,
     groups: int = 10,
     seed: int = 0,
@@ -167,33 +170,66 @@ def frechet_infinity(
     """
     if parts < 3:
         raise EvaluationError(f"a line is checked at 3 sizes or more: parts is {parts}; raise it")
-    real, generated = shuffled(*_pair(real, generated), seed)
+    real, generated = shuffled(*checked_pair(real, generated), seed)
     fewest = min(len(real), len(generated))
     if groups > 1 and fewest - -(-fewest // groups) < 2 * parts:
         raise EvaluationError(
             f"found {len(real)} real and {len(generated)} generated volumes, too few for {parts} "
             f"parts with {groups} groups left out in turn; add volumes or ask for fewer parts"
         )
-    whole = range(1, parts + 1)
+    curve = _Curve(real, generated, parts, vary)
+    distances = curve.distances(np.arange(len(real)), np.arange(len(generated)))
+    line, parabola = (curve.at_zero(distances, degree) for degree in (1, 2))
 
-    def curve(rows: Rows, others: Rows) -> list[float]:
-        return [_of_parts(real, generated, rows, others, p, vary) for p in whole]
+    def extrapolated(rows: Rows, others: Rows) -> float:
+        return curve.at_zero(curve.distances(rows, others), 1)
 
-    def intercept(rows: Rows, others: Rows) -> float:
-        return float(np.polyfit(whole, curve(rows, others), 1)[-1])
-
-    distances = curve(np.arange(len(real)), np.arange(len(generated)))
-    line, parabola = (float(np.polyfit(whole, distances, degree)[-1]) for degree in (1, 2))
     return Extrapolated(
         value=line,
-        error=jackknife_error(intercept, len(real), len(generated), groups),
+        error=jackknife_error(extrapolated, len(real), len(generated), groups=groups),
         bend=parabola - line,
-        shares=tuple(1 / p for p in whole),
+        shares=tuple(1 / p for p in curve.sizes),
         distances=tuple(distances),
     )
 
 
-def kernel_distance(a: ArrayLike, b: ArrayLike) -> Estimate:
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Fréchet distances over one over the share of the samples."""
+
+    real: Array
+    generated: Array
+    parts: int
+    vary: Vary
+
+    @property
+    def sizes(self) -> range:
+        """One over each share."""
+        return range(1, self.parts + 1)
+
+    def distances(self, rows: Rows, others: Rows) -> list[float]:
+        """The mean distance at each share, of some rows of either set."""
+        return [self._mean(rows, others, parts) for parts in self.sizes]
+
+    def at_zero(self, distances: list[float], degree: int) -> float:
+        """Where a polynomial through the distances is for samples without end."""
+        return float(np.polyfit(self.sizes, distances, degree)[-1])
+
+    def _mean(self, rows: Rows, others: Rows, parts: int) -> float:
+        """Over disjoint subsets of a share of the rows.
+
+        Which part a row is in does not depend on which others are there; the jackknife would take
+        chance in the parting for chance in the sampling.
+        """
+        found = []
+        for part in range(parts):
+            chosen = rows[rows % parts == part] if self.vary == "both" else rows
+            other = others[others % parts == part]
+            found.append(frechet_distance(self.real[chosen], self.generated[other]))
+        return float(np.mean(found))
+
+
+def kernel_distance(a: ArrayLike, b: ArrayLike) -> PointEstimate:
     """The kernel distance (KID): unbiased MMD² with the kernel ``(x·y / d + 1)³``.
 
     Parameters
@@ -203,7 +239,7 @@ def kernel_distance(a: ArrayLike, b: ArrayLike) -> Estimate:
 
     Returns
     -------
-    Estimate
+    PointEstimate
         The estimate over all pairs, which is negative about half the time when both sets come
         from one distribution; and its standard error, from leaving out each row in turn (the
         jackknife of two-sample U-statistics, Arvesen 1969), exact and without random draws. The
@@ -219,7 +255,7 @@ def kernel_distance(a: ArrayLike, b: ArrayLike) -> Estimate:
     ----------
     Bińkowski et al. 2018, "Demystifying MMD GANs".
     """
-    a, b = _pair(a, b, least=3)
+    a, b = checked_pair(a, b, least=3)
     n, m = len(a), len(b)
     within_a, within_b = _kernel_rows(a), _kernel_rows(b)
     across_a, across_b = _kernel_cross(a, b)
@@ -231,27 +267,21 @@ def kernel_distance(a: ArrayLike, b: ArrayLike) -> Estimate:
     without_b -= 2 * (sum_ab - across_b) / (n * (m - 1))
     variance = sum((len(left) - 1) * float(left.var()) for left in (without_a, without_b))
     value = float(part_a + part_b - 2 * sum_ab / (n * m))
-    return Estimate(value, float(np.sqrt(variance)))
+    return PointEstimate(value, float(np.sqrt(variance)))
 
 
-def _of_parts(a: Array, b: Array, rows: Rows, others: Rows, parts: int, vary: str) -> float:
-    """Mean Fréchet distance over disjoint subsets of a share of the rows.
+class _Gaussian(NamedTuple):
+    """A mean, and a factor ``F`` of the covariance ``FᵀF``."""
 
-    Which part a row is in does not depend on which others are there; the jackknife would take
-    chance in the parting for chance in the sampling.
-    """
-    found = []
-    for part in range(parts):
-        chosen = rows[rows % parts == part] if vary == "both" else rows
-        found.append(frechet_distance(a[chosen], b[others[others % parts == part]]))
-    return float(np.mean(found))
+    mean: Array
+    factor: Array
 
 
-def _frechet(mean_a: Array, mean_b: Array, factor_a: Array, factor_b: Array) -> float:
-    """The distance from factors ``F`` of the covariances ``FᵀF``; rounding is cut off at 0."""
-    shift = mean_a - mean_b
-    overlap = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
-    spread = (factor_a**2).sum() + (factor_b**2).sum()
+def _frechet(one: _Gaussian, other: _Gaussian) -> float:
+    """The distance; rounding is cut off at 0."""
+    shift = one.mean - other.mean
+    overlap = np.linalg.svd(one.factor @ other.factor.T, compute_uv=False).sum()
+    spread = (one.factor**2).sum() + (other.factor**2).sum()
     return max(0.0, float(shift @ shift + spread - 2 * overlap))
 
 
@@ -288,7 +318,3 @@ def _kernel_cross(x: Array, y: Array) -> tuple[Array, Array]:
         rows[part] = kernel.sum(axis=1)
         columns += kernel.sum(axis=0)
     return rows, columns
-
-
-def _pair(a: ArrayLike, b: ArrayLike, *, least: int = 2) -> tuple[Array, Array]:
-    return checked_features(a, least), checked_features(b, least, like=a)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from generation.errors import EvaluationError
-
-Pair = tuple[int, int]
+from generation.evaluate.pairing import Pair, Step, reading_order
 
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "LSGAN": {"ms-ssim": 0.9997, "4-g-r-ssim": 0.9969},
@@ -70,14 +69,6 @@ class Compared(NamedTuple):
     values: dict[str, float]
 
 
-class Step(NamedTuple):
-    """Read a volume, compare pairs it completes, forget another volume (before it is read)."""
-
-    read: int
-    forget: int | None
-    compare: list[Pair]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
     """How alike pairs of volumes are.
@@ -103,96 +94,6 @@ class Diversity:
     confidence: float
     pairs: int
     volumes: int
-
-
-def pairs(n: int, count: int, seed: int = 0) -> list[Pair]:
-    """Distinct unordered pairs of ``n`` things, drawn without repetition.
-
-    Parameters
-    ----------
-    n
-        How many things; at least 2.
-    count
-        How many pairs; all there are if it exceeds ``n (n - 1) / 2``.
-    seed
-        Of the draw.
-
-    Returns
-    -------
-    list of pairs
-        In ascending order, the lower index first.
-
-    Raises
-    ------
-    EvaluationError
-        Fewer than two things, or fewer than one pair.
-    """
-    if n < 2 or count < 1:
-        raise EvaluationError(f"cannot draw {count} pairs of {n} volumes: need 1 pair of 2 or more")
-    there = n * (n - 1) // 2
-    draw = np.random.Generator(np.random.Philox(seed))
-    chosen = range(there) if count >= there else draw.choice(there, count, replace=False)
-    return sorted(_unranked(int(rank)) for rank in chosen)
-
-
-def _unranked(rank: int) -> Pair:
-    """The pair at a place of the list (0, 1), (0, 2), (1, 2), (0, 3) ..."""
-    high = (1 + math.isqrt(1 + 8 * rank)) // 2
-    return rank - high * (high - 1) // 2, high
-
-
-def reading_order(wanted: Iterable[Pair], resident: int) -> Iterator[Step]:
-    """An order of work that reads each volume few times.
-
-    Always next is the volume that completes most pairs with those in memory; the one with fewest
-    pairs left makes room, its partners last.
-
-    Parameters
-    ----------
-    wanted
-        Pairs of distinct indices, none twice.
-    resident
-        Most volumes in memory at a time; at least 2.
-
-    Raises
-    ------
-    EvaluationError
-        Fewer than two may be in memory.
-    """
-    if resident < 2:
-        raise EvaluationError(f"cannot compare with {resident} volumes in memory: allow 2 or more")
-    left: dict[int, set[int]] = {}
-    for first, second in wanted:
-        left.setdefault(first, set()).add(second)
-        left.setdefault(second, set()).add(first)
-    held: set[int] = set()
-    near = dict.fromkeys(sorted(left), 0)
-    while near:
-        read = max(near, key=lambda index: (near[index], len(left[index])))
-        partners = left[read]
-        forget = min(held, key=lambda i: (i in partners, len(left[i]), i), default=None)
-        if forget is not None and (len(held) >= resident or not left[forget]):
-            held.remove(forget)
-            _put_back(forget, left, held, near)
-        else:
-            forget = None
-        del near[read]
-        done = sorted(partners & held)
-        for other in done:
-            left[other].remove(read)
-        partners.difference_update(done)
-        for other in partners:
-            near[other] += 1
-        held.add(read)
-        yield Step(read, forget, [(min(read, other), max(read, other)) for other in done])
-
-
-def _put_back(index: int, left: dict[int, set[int]], held: set[int], near: dict[int, int]) -> None:
-    """Take back what a forgotten volume counted for; it is read again if it has pairs left."""
-    for other in left[index] - held:
-        near[other] -= 1
-    if left[index]:
-        near[index] = len(left[index] & held)
 
 
 def between_pairs(
@@ -247,21 +148,24 @@ def between_pairs(
                 f"({first}, {second}) is no pair of {len(volumes)} volumes; "
                 "use two different indices from 0"
             )
-    record = None if folder is None else _Record(folder, measure, identity, len(volumes))
+    record = (
+        None if folder is None else _Record(folder, measure, identity=identity, count=len(volumes))
+    )
     kept = {} if record is None else record.read()
     yield from (Compared(pair, kept[pair]) for pair in chosen if pair in kept)
     missing = [pair for pair in chosen if pair not in kept]
-    for compared in _compared(volumes, missing, measure, resident, torch.device(device)):
+    steps = reading_order(missing, resident)
+    for compared in _compared(volumes, steps, measure, device=torch.device(device)):
         if record is not None:
             record.append(compared)
         yield compared
 
 
 def _compared(
-    volumes: Volumes, missing: list[Pair], measure: Measure, resident: int, device: torch.device
+    volumes: Volumes, steps: Iterable[Step], measure: Measure, *, device: torch.device
 ) -> Iterator[Compared]:
     prepared: dict[int, Any] = {}
-    for step, volume in _read_ahead(volumes, reading_order(missing, resident)):
+    for step, volume in _read_ahead(volumes, steps):
         if step.forget is not None:
             del prepared[step.forget]
         prepared[step.read] = measure.prepare(volume[None].to(device))
@@ -286,7 +190,7 @@ def _read_ahead(volumes: Volumes, steps: Iterable[Step]) -> Iterator[tuple[Step,
 class _Record:
     """Results kept as lines of JSON, in a file named after the digest of the settings."""
 
-    def __init__(self, folder: Path, measure: Measure, identity: str, count: int) -> None:
+    def __init__(self, folder: Path, measure: Measure, *, identity: str, count: int) -> None:
         if not identity:
             raise EvaluationError(
                 f"results kept in {folder} need an identity of the volumes; "

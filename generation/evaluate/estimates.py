@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from generation.errors import EvaluationError
+from generation.evaluate.intervals import normal_quantile
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PointEstimate:
     """A figure and its standard error.
 
     Parameters
@@ -28,7 +28,7 @@ class Estimate:
     value
         The figure.
     error
-        Standard deviation that other samples of the same size would give it.
+        Its standard error: the standard deviation over other samples of the same size.
     """
 
     value: float
@@ -36,13 +36,13 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The normal confidence interval at a level in (0, 1)."""
-        reach = NormalDist().inv_cdf((1 + level) / 2) * self.error
+        reach = normal_quantile(level) * self.error
         return self.value - reach, self.value + reach
 
 
 def jackknife(
     statistic: Statistic, a: ArrayLike, b: ArrayLike, *, groups: int = 10, seed: int = 0
-) -> Estimate:
+) -> PointEstimate:
     """A statistic of two sets of features with its standard error, leaving out groups of rows.
 
     There is no bootstrap here because it would mislead: rows drawn twice shrink covariances and
@@ -72,15 +72,18 @@ def jackknife(
     ----------
     Shao and Wu 1989, "A general theory for jackknife variance estimation" (leaving out groups).
     """
-    a, b = shuffled(checked_features(a, 2), checked_features(b, 2, like=a), seed)
+    a, b = shuffled(*checked_pair(a, b), seed)
 
     def of_rows(rows: Rows, others: Rows) -> float:
         return float(statistic(a[rows], b[others]))
 
-    return Estimate(float(statistic(a, b)), jackknife_error(of_rows, len(a), len(b), groups))
+    error = jackknife_error(of_rows, len(a), len(b), groups=groups)
+    return PointEstimate(float(statistic(a, b)), error)
 
 
-def jackknife_error(statistic: Callable[[Rows, Rows], float], n: int, m: int, groups: int) -> float:
+def jackknife_error(
+    statistic: Callable[[Rows, Rows], float], n: int, m: int, *, groups: int
+) -> float:
     """Standard error of a statistic of some rows of two sets; see :func:`jackknife`.
 
     Parameters
@@ -91,6 +94,11 @@ def jackknife_error(statistic: Callable[[Rows, Rows], float], n: int, m: int, gr
         How many rows there are, in random order.
     groups
         As there.
+
+    Raises
+    ------
+    EvaluationError
+        There are fewer than two groups, or more than rows.
     """
     if not 2 <= groups <= min(n, m):
         raise EvaluationError(
@@ -109,6 +117,17 @@ def shuffled(a: Array, b: Array, seed: int) -> tuple[Array, Array]:
     """Two sets of features, the rows of each in an order drawn from a seed."""
     draw = np.random.Generator(np.random.Philox(seed))
     return a[draw.permutation(len(a))], b[draw.permutation(len(b))]
+
+
+def checked_pair(a: ArrayLike, b: ArrayLike, *, least: int = 2) -> tuple[Array, Array]:
+    """Two sets of features of one network, at least so many rows each, as float64.
+
+    Raises
+    ------
+    EvaluationError
+        As :func:`checked_features` does.
+    """
+    return checked_features(a, least), checked_features(b, least, like=a)
 
 
 def checked_features(features: ArrayLike, least: int, like: Any = None) -> Array:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -105,16 +106,22 @@ def extract(
     kept = _Kept(folder, network)
     waiting: dict[str, list[int]] = {}
     with contextlib.closing(_Writer(folder, network)) as writer:
+
+        def computed() -> Iterator[int]:
+            tensors = {name: _checked(volumes[of[0]], repr(name)) for name, of in waiting.items()}
+            for name, row in _compute(tensors, network, device):
+                kept.add(name, *writer.append(name, row))
+            yield from (index for indices in waiting.values() for index in indices)
+            waiting.clear()
+
         for index, name in enumerate(names):
             if name in kept:
                 yield index
                 continue
             waiting.setdefault(name, []).append(index)
             if len(waiting) == batch:
-                yield from _compute(volumes, waiting, network, kept, writer, device)
-                waiting = {}
-        if waiting:
-            yield from _compute(volumes, waiting, network, kept, writer, device)
+                yield from computed()
+        yield from computed()
 
 
 def read(names: Sequence[str], network: FeatureNetwork, folder: Path) -> NDArray[np.float32]:
@@ -216,23 +223,20 @@ class _Writer:
 
 
 def _compute(
-    volumes: Volumes,
-    waiting: dict[str, list[int]],
-    network: FeatureNetwork,
-    kept: _Kept,
-    writer: _Writer,
-    device: torch.device | str,
-) -> Iterator[int]:
-    tensors = [_checked(volumes[indices[0]], repr(name)) for name, indices in waiting.items()]
-    if len({tensor.shape for tensor in tensors}) > 1:
-        shapes = ", ".join(sorted({str(tuple(tensor.shape[1:])) for tensor in tensors}))
+    tensors: Mapping[str, Tensor], network: FeatureNetwork, device: torch.device | str
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """The features of each of some volumes, computed at once."""
+    if not tensors:
+        return
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(sorted({str(tuple(t.shape[1:])) for t in tensors.values()}))
         raise EvaluationError(f"volumes of one batch have several shapes: {shapes}; use batch=1")
-    rows = network.features(torch.stack(tensors).to(device)).float().cpu().numpy()
-    for row, name in zip(rows, waiting, strict=True):
+    stack = torch.stack(list(tensors.values()))
+    rows = network.features(stack.to(device)).float().cpu().numpy()
+    for name, row in zip(tensors, rows, strict=True):
         if not np.isfinite(row).all():
             raise EvaluationError(f"{network.name} features of {name!r} are not finite")
-        kept.add(name, *writer.append(name, row))
-    yield from (index for indices in waiting.values() for index in indices)
+        yield name, row
 
 
 def _checked(volume: Any, what: str) -> Tensor:
@@ -246,6 +250,8 @@ def _checked(volume: Any, what: str) -> Tensor:
             f"expected {what} to be real numbers in [0, 1], found {tensor.dtype}; scale it"
         )
     low, high = tensor.min().item(), tensor.max().item()
+    if math.isnan(low):
+        raise EvaluationError(f"expected {what} to lie in [0, 1], found NaN voxels; leave it out")
     if not -_SLACK <= low <= high <= 1 + _SLACK:
         raise EvaluationError(
             f"expected {what} to lie in [0, 1], found [{low:g}, {high:g}]; scale its intensities"

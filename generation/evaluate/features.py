@@ -175,7 +175,11 @@ def digest_of(architecture: str, preprocessing: str, state: Mapping[str, Tensor]
 
 
 def load_strictly(
-    module: nn.Module, state: Mapping[str, Tensor], where: str, ignored: Callable[[str], bool]
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    where: str,
+    ignored: Callable[[str], bool],
 ) -> None:
     """Give a network its weights: each of them there, of its shape, and no others.
 

@@ -20,17 +20,14 @@ import torch
 from torch import Tensor
 
 from generation.errors import EvaluationError
-from generation.evaluate.ssim import (
+from generation.evaluate.multiscale import (
     WEIGHTS,
     WINDOW,
     Moments,
+    MultiScale,
+    Slab,
     Window,
-    check_alike,
-    check_finite,
-    covariance,
-    moments,
     over_scales,
-    pyramid,
 )
 
 Form = Literal["kcl-star", "star", "r"]
@@ -85,7 +82,7 @@ def gradient(image: Tensor) -> Tensor:
     return total.mul_(0.05)
 
 
-class GradientSsim:
+class GradientSsim(MultiScale[Level]):
     """4-G-R-SSIM in several variants, computed together.
 
     Forms:
@@ -118,12 +115,15 @@ class GradientSsim:
     Raises
     ------
     EvaluationError
-        A variant is unknown, or there is none.
+        A variant is unknown, there is none, there are no weights, or the range is not above 0.
     """
+
+    lost = 2
 
     def __init__(
         self,
         variants: Sequence[tuple[Scales, Form]] = tuple(product(SCALES, FORMS)),
+        *,
         window: Window = WINDOW,
         weights: Sequence[float] = WEIGHTS,
         data_range: float = 1.0,
@@ -133,11 +133,15 @@ class GradientSsim:
             raise EvaluationError(
                 f"found variants {list(variants)}, expected some of {sorted(known)}"
             )
-        self.variants, self.window = tuple(variants), window
-        self.weights, self.data_range = tuple(weights), data_range
+        super().__init__(weights, window, data_range)
+        self.variants = tuple(variants)
         self.names = tuple(name(scales, form) for scales, form in self.variants)
         self._forms = tuple(form for form in FORMS if any(form == f for _, f in self.variants))
-        self._count = len(weights) if any(scales == "multi" for scales, _ in self.variants) else 1
+
+    @property
+    def n_scales(self) -> int:
+        """How many: one if no variant is of several."""
+        return len(self.weights) if any(scales == "multi" for scales, _ in self.variants) else 1
 
     @property
     def settings(self) -> str:
@@ -145,55 +149,17 @@ class GradientSsim:
         window = [self.window.size, self.window.sigma]
         return json.dumps(["4-g-r-ssim", 1, self.names, window, self.weights, self.data_range])
 
-    def prepare(self, volumes: Tensor) -> list[Level]:
-        """What depends on one volume alone, by scale.
-
-        Parameters
-        ----------
-        volumes
-            ``(n, 1, x, y, z)`` floats. Four and a half times as much is kept.
-
-        Raises
-        ------
-        EvaluationError
-            The volumes have another number of axes or channels, or are too small.
-        """
-        levels = pyramid(volumes, self._count, self.window, lost=2)
-        return [self._level(image) for image in levels]
-
     def _level(self, image: Tensor) -> Level:
         steep = gradient(image)
-        luminance = moments(image[:, 1:-1, 1:-1, 1:-1], self.window).mean
-        return Level(luminance, moments(steep, self.window), steep.amax((1, 2, 3)))
+        luminance = self.window.moments(image[:, 1:-1, 1:-1, 1:-1]).mean
+        return Level(luminance, self.window.moments(steep), steep.amax((1, 2, 3)))
 
-    def compare(self, reference: list[Level], other: list[Level]) -> dict[str, Tensor]:
-        """All variants of prepared volumes.
-
-        Parameters
-        ----------
-        reference
-            The volumes whose strongest gradients set the regions.
-        other
-            The volumes to compare with it.
-
-        Returns
-        -------
-        dict
-            ``(n,)`` float32 in [0, 1] by name.
-
-        Raises
-        ------
-        EvaluationError
-            The volumes differ in shape, or hold voxels that are not finite.
-        """
-        check_alike(reference[0].gradient.image, other[0].gradient.image)
-        scores = [self._scores(x, y) for x, y in zip(reference, other, strict=True)]
-        return check_finite(
-            {
-                name(scales, form): self._combined(scores, scales, form).float()
-                for scales, form in self.variants
-            }
-        )
+    def _values(self, first: list[Level], second: list[Level]) -> dict[str, Tensor]:
+        scores = [self._scores(x, y) for x, y in zip(first, second, strict=True)]
+        return {
+            name(scales, form): self._combined(scores, scales, form)
+            for scales, form in self.variants
+        }
 
     def _combined(self, scores: list[dict[str, Tensor]], scales: Scales, form: Form) -> Tensor:
         whole = [score[form] for score in scores]
@@ -207,10 +173,10 @@ class GradientSsim:
         device = x.luminance.device
         sums: dict[str, Tensor] = {}
         counts = torch.zeros(len(x.luminance), _REGIONS, dtype=torch.float64, device=device)
-        for inner, outer in self.window.slabs(x.gradient.image):
-            regions = self._regions(x, y, inner)
+        for slab in self.window.slabs(x.gradient.image):
+            regions = self._regions(x, y, slab.inner)
             counts += regions.sum((2, 3, 4), dtype=torch.float64)
-            for key, values in self._maps(x, y, inner, outer).items():
+            for key, values in self._maps(x, y, slab).items():
                 found = (values[:, None] * regions).sum((2, 3, 4), dtype=torch.float64)
                 sums[key] = sums[key] + found if key in sums else found
         there = (counts > 0).sum(1)
@@ -234,16 +200,16 @@ class GradientSsim:
         texture = ~(preserved | changed | smooth)
         return torch.stack([preserved, changed, smooth, texture], 1)
 
-    def _maps(self, x: Level, y: Level, inner: slice, outer: slice) -> dict[str, Tensor]:
+    def _maps(self, x: Level, y: Level, slab: Slab) -> dict[str, Tensor]:
         """What is pooled, by form."""
-        xy = covariance(x.gradient, y.gradient, self.window, inner, outer)
+        inner, xy = slab.inner, self.window.covariance(x.gradient, y.gradient, slab)
         found: dict[str, Tensor] = {}
         light = (x.luminance[:, inner], y.luminance[:, inner])
         moment_x = (x.gradient.mean[:, inner], x.gradient.variance[:, inner])
         moment_y = (y.gradient.mean[:, inner], y.gradient.variance[:, inner])
         if "kcl-star" in self._forms:
             c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
-            part = _kcl_terms(moment_x, moment_y, xy, c2)
+            part = _kcl_terms(moment_x, moment_y, xy, c2=c2)
             found["kcl-star without luminance"] = part
             found["kcl-star"] = part * _likeness(*light, c1)
         if "star" in self._forms or "r" in self._forms:
@@ -294,12 +260,12 @@ def gradient_ssim(
     EvaluationError
         Shapes differ or are too small, voxels are not finite, or the variant is unknown.
     """
-    measure = GradientSsim([(scales, form)], window, weights, data_range)
+    measure = GradientSsim([(scales, form)], window=window, weights=weights, data_range=data_range)
     values = measure.compare(measure.prepare(reference), measure.prepare(other))
     return values[name(scales, form)]
 
 
-def _kcl_terms(x: _Pair, y: _Pair, xy: Tensor, c2: float) -> Tensor:
+def _kcl_terms(x: _Pair, y: _Pair, xy: Tensor, *, c2: float) -> Tensor:
     """Contrast times structure, with constants; 0 where one gradient vanishes and one does not."""
     sx, sy = _raised(*x), _raised(*y)
     contrast = (2 * sx * sy + c2) / (x[1] + y[1] + c2)

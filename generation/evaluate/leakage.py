@@ -13,11 +13,16 @@ import numpy as np
 
 from generation.covariates import NAMES, by_name
 from generation.errors import EvaluationError
-from generation.evaluate.conditioning import RESAMPLES, Estimate, Values, interval, pairs_of
+from generation.evaluate.conditioning import pairs_of
+from generation.evaluate.intervals import RESAMPLES, Bootstrap, IntervalEstimate
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import ArrayLike, NDArray
+
+    from generation.evaluate.intervals import Values
+
+    Groups = Sequence[NDArray[np.intp]]
 
 _DEPENDENT = 1e6
 """Condition number of asked covariates that follow from one another."""
@@ -68,7 +73,7 @@ class Sweep:
     n: int
     n_failed: int
     monotone: float | None
-    slopes: Mapping[str, Estimate | None]
+    slopes: Mapping[str, IntervalEstimate | None]
 
 
 def leakage(asked: Mapping[str, ArrayLike], measured: Mapping[str, ArrayLike]) -> Leakage:
@@ -172,7 +177,7 @@ def sweep_report(
     covariate
         The one that was moved.
     level, resamples, seed
-        Of the intervals, as in :func:`agreement`.
+        Of the intervals, as in :func:`generation.evaluate.conditioning.agreement`.
 
     Raises
     ------
@@ -187,13 +192,14 @@ def sweep_report(
     values = {name: pairs_of(moved, given)[1] for name, given in measured.items()}
     failed = ~np.isfinite(np.stack(list(values.values()))).all(axis=0)
     groups = [np.flatnonzero(rows["seed"] == number) for number in rows["seed"].unique()]
+    bootstrap = Bootstrap(level=level, resamples=resamples, seed=seed)
     return Sweep(
         covariate=covariate,
         n=len(rows),
         n_failed=int(failed.sum()),
         monotone=_monotone(moved, values[covariate], groups),
         slopes={
-            name: _slope_within(moved, given, groups, level, resamples, seed)
+            name: _slope_within(moved, given, groups, bootstrap=bootstrap)
             for name, given in values.items()
         },
     )
@@ -232,7 +238,7 @@ def _standardised(values: Values) -> Values:
     return np.asarray((values - values.mean(axis=0)) / values.std(axis=0))
 
 
-def _monotone(x: Values, y: Values, groups: Sequence[NDArray[np.intp]]) -> float | None:
+def _monotone(x: Values, y: Values, groups: Groups) -> float | None:
     rises: list[bool] = []
     for rows in groups:
         kept = rows[np.isfinite(y[rows])]
@@ -243,13 +249,8 @@ def _monotone(x: Values, y: Values, groups: Sequence[NDArray[np.intp]]) -> float
 
 
 def _slope_within(
-    x: Values,
-    y: Values,
-    groups: Sequence[NDArray[np.intp]],
-    level: float,
-    resamples: int,
-    seed: int,
-) -> Estimate | None:
+    x: Values, y: Values, groups: Groups, *, bootstrap: Bootstrap
+) -> IntervalEstimate | None:
     """The slope within seeds, pooled over them; the interval is a bootstrap over seeds."""
     products, squares = [], []
     for rows in groups:
@@ -261,9 +262,8 @@ def _slope_within(
     above, below = np.array(products), np.array(squares)
     if not below.sum() > 0:
         return None
-    draw = np.random.Generator(np.random.Philox(seed))
-    chosen = draw.integers(len(below), size=(resamples, len(below)))
+    chosen = bootstrap.draw().integers(len(below), size=(bootstrap.resamples, len(below)))
     totals = below[chosen].sum(axis=1)
     there = totals > 0
     slopes = above[chosen].sum(axis=1)[there] / totals[there]
-    return interval(float(above.sum() / below.sum()), slopes, level)
+    return bootstrap.interval(float(above.sum() / below.sum()), slopes)

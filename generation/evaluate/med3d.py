@@ -162,7 +162,8 @@ def med3d(path: Path, *, name: str = "med3d-resnet50") -> Med3D:
     """
     net = built(ResNet50)
     state = {key.removeprefix(_PREFIX): tensor for key, tensor in read_state(path).items()}
-    load_strictly(net, state, f"{path} is no ResNet-50 of MedicalNet", _is_ignored)
+    where = f"{path} is no ResNet-50 of MedicalNet"
+    load_strictly(net, state, where=where, ignored=_is_ignored)
     return Med3D(net, name=name, pretrained=True)
 
 

@@ -223,11 +223,13 @@ def audit(
     middle = (training.double().mean(0) + held_out.double().mean(0)) / 2 if centre else None
     members, made, others = (unit(v, middle) for v in (training, synthetic, held_out))
     to_members, to_others = correlations(made, members), correlations(made, others)
-    finding = _finding(to_members, to_others, correlations(members, others), level, _draws(seed, 0))
+    between = correlations(members, others)
+    finding = _finding(to_members, to_others, between, level=level, draw=_draws(seed, 0))
     chosen = _draws(seed, 1).permutation(len(members))[:most]
     among = correlations(members[chosen], members[chosen])
     halvings = [
-        _halved(to_members[:, chosen], among, level, _draws(seed, 2, k)) for k in range(controls)
+        _halved(to_members[:, chosen], among, level=level, draw=_draws(seed, 2, k))
+        for k in range(controls)
     ]
     return Audit(
         space=space,
@@ -238,7 +240,7 @@ def audit(
         finding=finding,
         control=sorted(halvings, key=lambda found: found.p)[len(halvings) // 2],
         power={
-            dose: _power(unit(copies, middle), members, origins, finding.threshold)
+            dose: _power(unit(copies, middle), members, origins, threshold=finding.threshold)
             for dose, (copies, origins) in (planted or {}).items()
         },
         worst=_worst(to_members, worst),
@@ -281,7 +283,12 @@ def _check(training: Tensor, synthetic: Tensor, held_out: Tensor) -> None:
 
 
 def _finding(
-    to_members: Floats, to_others: Floats, between: Floats, level: float, draw: np.random.Generator
+    to_members: Floats,
+    to_others: Floats,
+    between: Floats,
+    *,
+    level: float,
+    draw: np.random.Generator,
 ) -> Finding:
     """Both tests, from correlations ``(s, t)``, ``(s, h)`` and ``(t, h)``."""
     t, h = between.shape
@@ -300,7 +307,7 @@ def _finding(
         p_above=max(_sign_test(above, swapped), _chance_above(above, size, level)),
         nearer=Share.counted(nearer),
         distance_ratio=float(np.median(distances[0] / distances[1])),
-        p_nearer=_permuted(np.concatenate([member, other], 1).argmax(1), nearer, size, draw),
+        p_nearer=_permuted(np.concatenate([member, other], 1).argmax(1), nearer, size, draw=draw),
     )
 
 
@@ -322,8 +329,7 @@ def _chance_above(above: Hits, size: int, level: float) -> float:
     return float(stats.betabinom.sf(above.sum() - 1, len(above), size + 1 - rank, rank))
 
 
-def _permuted(closest: Places, nearer: Hits, size: int,
-              draw: np.random.Generator) -> float:  # fmt: skip
+def _permuted(closest: Places, nearer: Hits, size: int, *, draw: np.random.Generator) -> float:
     """How often as many are nearer if it is drawn at random which samples are members."""
     times = np.bincount(closest, minlength=2 * size)
     often, samples = np.unique(times, return_counts=True)
@@ -332,16 +338,18 @@ def _permuted(closest: Places, nearer: Hits, size: int,
     return (1 + as_many) / (1 + _PERMUTATIONS)
 
 
-def _halved(to_members: Floats, among: Floats, level: float, draw: np.random.Generator) -> Finding:
+def _halved(
+    to_members: Floats, among: Floats, *, level: float, draw: np.random.Generator
+) -> Finding:
     """Both tests with one half of the members in the role of the held-out samples."""
     half = len(among) // 2
     order = draw.permutation(len(among))
     first, second = order[:half], order[half : 2 * half]
     between = among[np.ix_(first, second)]
-    return _finding(to_members[:, first], to_members[:, second], between, level, draw)
+    return _finding(to_members[:, first], to_members[:, second], between, level=level, draw=draw)
 
 
-def _power(copies: Tensor, members: Tensor, origins: Sequence[int], threshold: float) -> Power:
+def _power(copies: Tensor, members: Tensor, origins: Sequence[int], *, threshold: float) -> Power:
     origin = np.asarray(origins)
     if len(origin) != len(copies) or not ((origin >= 0) & (origin < len(members))).all():
         raise EvaluationError(

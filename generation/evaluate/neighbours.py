@@ -61,7 +61,7 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, *, k: int = 3) -> Fi
     EvaluationError
         The features are too few, of unfitting shapes or not finite.
     """
-    real, generated = _checked(real, generated, k, k + 1)
+    real, generated = _checked(real, generated, k, least=k + 1)
     apart = _distances(real, generated)
     of_real, of_generated = (_radii(_among(x), k) for x in (real, generated))
     return Fidelity(
@@ -93,7 +93,7 @@ def density_coverage(real: ArrayLike, generated: ArrayLike, *, k: int = 5) -> Fi
     EvaluationError
         The features are too few, of unfitting shapes or not finite.
     """
-    real, generated = _checked(real, generated, k, 1)
+    real, generated = _checked(real, generated, k, least=1)
     inside = _distances(real, generated) < _radii(_among(real), k)
     return Fidelity(float(inside.sum(axis=0).mean() / k), float(inside.any(axis=1).mean()))
 
@@ -130,10 +130,12 @@ def clipped_density_coverage(real: ArrayLike, generated: ArrayLike, *, k: int = 
     against the number of good volumes, see :func:`expected_clipped_coverage`. Definitions and
     edge cases (closed balls for density, open ones for coverage) follow the authors' code.
     """
-    real, generated = _checked(real, generated, k, k)
+    real, generated = _checked(real, generated, k, least=k)
     among, apart = _among(real), _distances(real, generated)
     radii = _radii(among, k)
-    return Fidelity(_clipped_density(among, apart, radii, k), _clipped_coverage(apart, radii, k))
+    smaller = np.minimum(radii, np.median(radii))
+    density = _share_inside(apart, smaller, k) / _share_inside(among, smaller, k)
+    return Fidelity(float(min(density, 1)), _clipped_coverage(apart, radii, k))
 
 
 def expected_clipped_coverage(real: int, generated: int, k: int) -> Array:
@@ -163,12 +165,9 @@ def expected_clipped_coverage(real: int, generated: int, k: int) -> Array:
     return np.concatenate((np.zeros(k), 1 - lacking / k))
 
 
-def _clipped_density(among: Array, apart: Array, radii: Array, k: int) -> float:
-    radii = np.minimum(radii, np.median(radii))
-    generated, real = (
-        np.minimum((distances <= radii).sum(axis=0) / k, 1).mean() for distances in (apart, among)
-    )
-    return float(min(generated / real, 1))
+def _share_inside(distances: Array, radii: Array, k: int) -> float:
+    """In how many of ``k`` balls volumes (columns) lie on average, each in 1 at most."""
+    return float(np.minimum((distances <= radii).sum(axis=0) / k, 1).mean())
 
 
 def _clipped_coverage(apart: Array, radii: Array, k: int) -> float:
@@ -195,7 +194,7 @@ def _distances(a: Array, b: Array) -> Array:
     return np.asarray(cdist(a, b))
 
 
-def _checked(real: ArrayLike, generated: ArrayLike, k: int, least: int) -> tuple[Array, Array]:
+def _checked(real: ArrayLike, generated: ArrayLike, k: int, *, least: int) -> tuple[Array, Array]:
     if k < 1:
         raise EvaluationError(f"k must be at least 1, found {k}")
     return checked_features(real, k + 1), checked_features(generated, least, like=real)

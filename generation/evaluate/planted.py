@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from generation.errors import EvaluationError
-from generation.evaluate.ssim import Window
+from generation.evaluate.multiscale import Window
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -290,7 +290,14 @@ def measure_folder(
         Of the volumes.
     scalings
         By id, as in :func:`measure_labels`.
+
+    Raises
+    ------
+    EvaluationError
+        There is no such folder. A map that is not there or cannot be measured is a failure.
     """
+    if not folder.is_dir():
+        raise EvaluationError(f"there is no folder {folder}; give the one that holds label maps")
     values: dict[str, Mapping[str, float]] = {}
     failures: dict[str, str] = {}
     for key in ids:

@@ -13,11 +13,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -132,79 +132,51 @@ class Segmenter:
             volumes are tried again by the next call.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        scaling = (scalings or {}).get
-        values: dict[str, Mapping[str, float]] = {}
-        failures: dict[str, str] = {}
-        missing = self._missing(volumes, folder, values, failures, scaling)
+        kept = _Kept(self, folder, scalings or {})
+        missing = kept.missing(volumes)
         for group in [missing] if self.at_once else ([volume] for volume in missing):
             with _aside(folder) as scratch:
-                for key, path in self._make(group, scratch).items():
-                    try:
-                        if isinstance(path, str):
-                            raise EvaluationError(path)
-                        values[key] = self.read(path, scaling(key))
-                        os.replace(path, folder / f"{key}{_ending(path)}")
-                    except EvaluationError as error:
-                        failures[key] = str(error)
-        return Measurements(values=values, failures=failures)
+                for key, made in self._make(group, scratch).items():
+                    kept.take(key, made)
+        return Measurements(values=kept.values, failures=kept.failures)
 
     def read(self, path: Path, scaling: float | None = None) -> dict[str, float]:
         """The volumes of a map it made; as :func:`measure_labels` or :func:`measure_tissues`."""
         measured = measure_labels if self.maps == "labels" else measure_tissues
         return measured(*read_map(path), scaling=scaling)
 
-    def _missing(
-        self,
-        volumes: Iterable[Volume],
-        folder: Path,
-        values: dict[str, Mapping[str, float]],
-        failures: dict[str, str],
-        scaling: Callable[[str], float | None],
-    ) -> Iterator[Volume]:
-        """Volumes without a map that can be read; the values of the others."""
-        for key, volume, affine in volumes:
-            if not _NAME.fullmatch(key):
-                failures[key] = f"{key!r} cannot name a file: use letters, digits, '.', '_', '-'"
-                continue
-            kept = [folder / f"{key}{ending}" for ending in ENDINGS]
-            try:
-                path = next(path for path in kept if path.is_file())
-                values[key] = self.read(path, scaling(key))
-            except (StopIteration, EvaluationError):
-                yield key, volume, affine
-
     def _make(self, volumes: Iterable[Volume], scratch: Path) -> dict[str, Path | str]:
         """The map of each volume, or why there is none.
 
         Programs see numbers for names: whatever ids look like, one is never the start of another.
         """
-        scans, maps = scratch / "in", scratch / "out"
-        scans.mkdir()
-        maps.mkdir()
+        folders = _Folders(scratch / "in", scratch / "out")
+        for folder in folders:
+            folder.mkdir()
         names: dict[str, str] = {}
         for key, volume, affine in volumes:
             names[key] = f"v{len(names):06d}"
-            _write(scans / f"{names[key]}.nii.gz", volume, affine)
+            _write(folders.scans / f"{names[key]}.nii.gz", volume, affine)
         if not names:
             return {}
-        problem = self._run("v000000", scans, maps, self.timeout * len(names))
-        return {key: self._found(name, scans, maps, problem) for key, name in names.items()}
+        problem = self._run("v000000", folders, timeout=self.timeout * len(names))
+        return {key: self._found(name, folders, problem) for key, name in names.items()}
 
-    def _found(self, name: str, scans: Path, maps: Path, problem: str) -> Path | str:
+    def _found(self, name: str, folders: _Folders, problem: str) -> Path | str:
         """The map of one scan. Of a run over many that failed, those that are there count."""
         if problem and not self.at_once:
             return problem
         if self.result or "{out}" in self.command:
-            path = Path((self.result or "{out}").format(**_fields(name, scans, maps)))
+            path = Path((self.result or "{out}").format(**folders.fields(name)))
             return path if path.is_file() else problem or f"{self.name} left no {path.name}"
         try:
-            return find_map(maps, name)
+            return find_map(folders.maps, name)
         except EvaluationError as error:
             return problem or f"{self.name} ended well, but left {error}"
 
-    def _run(self, key: str, scans: Path, maps: Path, timeout: float) -> str:
+    def _run(self, name: str, folders: _Folders, *, timeout: float) -> str:
         """Run the command; why it failed, or nothing."""
-        words = [word.format(**_fields(key, scans, maps)) for word in self._words()]
+        words = [word.format(**folders.fields(name)) for word in self._words()]
         try:
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -257,11 +229,57 @@ SEGMENTERS = {
 """Programs by name. Not run here: their command lines are those of the sources they name."""
 
 
-def _fields(key: str, scans: Path, maps: Path) -> dict[str, str]:
-    return {
-        "in": str(scans / f"{key}.nii.gz"), "out": str(maps / f"{key}.nii.gz"),
-        "in_dir": str(scans), "out_dir": str(maps), "id": key,
-    }  # fmt: skip
+class _Folders(NamedTuple):
+    """Where a program finds its scans, and where it leaves its maps."""
+
+    scans: Path
+    maps: Path
+
+    def fields(self, name: str) -> dict[str, str]:
+        """What a command's fields stand for, for one scan."""
+        return {
+            "in": str(self.scans / f"{name}.nii.gz"), "out": str(self.maps / f"{name}.nii.gz"),
+            "in_dir": str(self.scans), "out_dir": str(self.maps), "id": name,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The folder of maps, and what became of the volumes: values, or why there are none."""
+
+    segmenter: Segmenter
+    folder: Path
+    scalings: Mapping[str, float]
+    values: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def missing(self, volumes: Iterable[Volume]) -> Iterator[Volume]:
+        """Volumes without a map that can be read; the others are measured."""
+        for key, volume, affine in volumes:
+            if not _NAME.fullmatch(key):
+                problem = f"{key!r} cannot name a file: use letters, digits, '.', '_', '-'"
+                self.failures[key] = problem
+                continue
+            kept = (self.folder / f"{key}{ending}" for ending in ENDINGS)
+            try:
+                self._measure(key, next(path for path in kept if path.is_file()))
+            except (StopIteration, EvaluationError):
+                yield key, volume, affine
+
+    def take(self, key: str, made: Path | str) -> None:
+        """Measure a map that was made and keep it, or note why there is none."""
+        if isinstance(made, str):
+            self.failures[key] = made
+            return
+        try:
+            self._measure(key, made)
+        except EvaluationError as error:
+            self.failures[key] = str(error)
+            return
+        os.replace(made, self.folder / f"{key}{_ending(made)}")
+
+    def _measure(self, key: str, path: Path) -> None:
+        self.values[key] = self.segmenter.read(path, self.scalings.get(key))
 
 
 def _write(path: Path, volume: NDArray[np.float32], affine: ArrayLike) -> None:

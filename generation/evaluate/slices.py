@@ -125,7 +125,8 @@ def dinov2(path: Path, *, slices: int = 8) -> SliceNetwork:
         timm is not installed.
     """
     net = _vit()
-    load_strictly(net, read_state(path), f"{path} is no DINOv2 ViT-S/14", _is_ignored)
+    where = f"{path} is no DINOv2 ViT-S/14"
+    load_strictly(net, read_state(path), where=where, ignored=_is_ignored)
     return _sliced(net, "dinov2-vits14", slices, pretrained=True)
 
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import torch
 from generation.covariates import NAMES
 from generation.errors import EvaluationError
 from generation.evaluate.comparison import Arm, Utility, check_spread, compare
-from generation.evaluate.conditioning import RESAMPLES, Values
+from generation.evaluate.intervals import RESAMPLES
 from generation.evaluate.regressor import load_regressor
 from generation.train.loop import CONDITION, IMAGE, Data, Run, Sample
 from generation.train.regression import RegressionTask
@@ -34,6 +34,10 @@ from generation.train.world import World
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from generation.evaluate.intervals import Values
+
+    Told = Callable[[str, int, int], None]
+
 FEWEST_SEEDS = 3
 """Below three seeds nothing is said of the spread over them."""
 
@@ -42,13 +46,13 @@ def utility(
     real_train: Data,
     real_test: Data,
     synthetic: Data,
+    *,
     settings: RegressionSettings,
     folder: Path,
-    *,
     fractions: Sequence[float] = (0.1, 0.5, 1.0),
     seeds: Sequence[int] = (0, 1, 2),
     device: str = "cpu",
-    told: Callable[[str, int, int], None] | None = None,
+    told: Told | None = None,
     level: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Utility:
@@ -89,36 +93,65 @@ def utility(
     Three seeds say little about the spread over seeds: take more where an interval is close to 0.
     A network that tells the same number of all subjects has ``r`` 0.
     """
-    _check(real_train, real_test, synthetic, fractions, seeds)
-    arms, names = _arms(fractions), settings.system.targets
-    found: dict[str, Values] = {}
+    _check_design(fractions, seeds)
+    data = _StudyData(real_train, real_test, synthetic)
+    data.check(min(fractions, default=1.0))
+    names = settings.system.targets
+    found: dict[Arm, Values] = {}
     asked = np.empty(0)
-    for arm in arms:
+    for arm in _arms(fractions):
         predictions = []
         for seed in seeds:
             how = settings.model_copy(
                 update={"seed": seed, "validate_every": 0, "sheet_every": 0, "keep": 1}
             )
-            trial = _Trial(arm, how, folder, real_train, real_test, synthetic, device, told)
+            trial = _Trial(
+                arm=arm, settings=how, data=data, folder=folder, device=device, told=told
+            )
             asked, predicted = trial.result()
             check_spread(names, asked)
             predictions.append(predicted)
-        found[arm.name] = np.stack(predictions)
-    return compare(names, asked, found, arms, level=level, resamples=resamples)
+        found[arm] = np.stack(predictions)
+    return compare(names, asked, found, level=level, resamples=resamples)
 
 
-@dataclass(frozen=True)
+class _StudyData(NamedTuple):
+    """What networks are trained on, and the real volumes they are tested on."""
+
+    real_train: Data
+    real_test: Data
+    synthetic: Data
+
+    def check(self, part: float) -> None:
+        """See that there are volumes to train and test on, the smallest part of the real ones too.
+
+        Raises
+        ------
+        EvaluationError
+            There are not.
+        """
+        empty = [name for name, data in self._asdict().items() if not len(data)]
+        if empty:
+            raise EvaluationError(
+                f"{' and '.join(empty)} holds no volumes; utility needs all three"
+            )
+        if round(part * len(self.real_train)) < 2:
+            raise EvaluationError(
+                f"a fraction of {part:g} of {len(self.real_train)} real volumes is fewer than 2; "
+                "take more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Trial:
     """One arm with one seed."""
 
     arm: Arm
     settings: RegressionSettings
+    data: _StudyData = field(repr=False)
     folder: Path
-    real_train: Data = field(repr=False)
-    real_test: Data = field(repr=False)
-    synthetic: Data = field(repr=False)
-    device: str
-    told: Callable[[str, int, int], None] | None
+    device: str = "cpu"
+    told: Told | None = None
 
     def result(self) -> tuple[Values, Values]:
         """Covariates of the test volumes ``(n, k)``, asked and predicted, in natural units."""
@@ -147,9 +180,9 @@ class _Trial:
         """What a result depends on, as far as it can be told without reading volumes."""
         return {
             "settings": json.loads(self.settings.text()),
-            "real": len(self.real_train),
-            "synthetic": len(self.synthetic),
-            "test": len(self.real_test),
+            "real": len(self.data.real_train),
+            "synthetic": len(self.data.synthetic),
+            "test": len(self.data.real_test),
         }
 
     def _write(self, path: Path) -> None:
@@ -178,16 +211,16 @@ class _Trial:
 
     def _parts(self) -> list[tuple[Data, Sequence[int]]]:
         shuffled = np.random.Generator(np.random.Philox(self.settings.seed))
-        rows = shuffled.permutation(len(self.real_train))
+        rows = shuffled.permutation(len(self.data.real_train))
         count = round(self.arm.real * len(rows))
-        real = [(self.real_train, rows[:count].tolist())]
-        every = range(len(self.synthetic)) if self.arm.synthetic else ()
-        return [*real, (self.synthetic, every)]
+        real = [(self.data.real_train, rows[:count].tolist())]
+        every = range(len(self.data.synthetic)) if self.arm.synthetic else ()
+        return [*real, (self.data.synthetic, every)]
 
     def _images(self, asked: list[Tensor]) -> Iterator[Tensor]:
         """The test volumes one by one; their covariates are kept on the way."""
-        for index in range(len(self.real_test)):
-            sample = self.real_test[index]
+        for index in range(len(self.data.real_test)):
+            sample = self.data.real_test[index]
             asked.append(sample[CONDITION].double())
             yield sample[IMAGE][None]
 
@@ -206,13 +239,7 @@ class _Rows:
         return data[row]
 
 
-def _check(
-    real_train: Data,
-    real_test: Data,
-    synthetic: Data,
-    fractions: Sequence[float],
-    seeds: Sequence[int],
-) -> None:
+def _check_design(fractions: Sequence[float], seeds: Sequence[int]) -> None:
     if len(set(seeds)) < FEWEST_SEEDS or len(set(seeds)) < len(seeds):
         raise EvaluationError(
             f"utility takes at least {FEWEST_SEEDS} different seeds, found {list(seeds)}"
@@ -220,15 +247,6 @@ def _check(
     wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
     if wrong:
         raise EvaluationError(f"fractions of the real volumes lie in (0, 1], found {wrong[0]:g}")
-    given = {"real_train": real_train, "real_test": real_test, "synthetic": synthetic}
-    empty = [name for name, data in given.items() if not len(data)]
-    if empty:
-        raise EvaluationError(f"{' and '.join(empty)} holds no volumes; utility needs all three")
-    part = min(fractions, default=1.0)
-    if round(part * len(real_train)) < 2:
-        raise EvaluationError(
-            f"a fraction of {part:g} of {len(real_train)} real volumes is fewer than 2; take more"
-        )
 
 
 def _arms(fractions: Sequence[float]) -> list[Arm]:

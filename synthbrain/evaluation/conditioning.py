@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from generation.covariates import AGE, BRAIN_VOLUME, NAMES, VENTRICULAR_VOLUME, by_name
+from generation.covariates import AGE, BRAIN_VOLUME, NAMES, SEX, VENTRICULAR_VOLUME, by_name
 from generation.errors import EvaluationError
 from generation.evaluate.conditioning import agreement, classification
 from generation.evaluate.leakage import leakage, sweep_report
-from generation.evaluate.segmentations import Measurements, Measurer, measure_each, measure_folder
-from generation.evaluate.segmenters import Segmenter
-from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.evaluation.sweeps import sweep
-from synthbrain.progress import track
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from generation.evaluate.regressor import Regressor
-
-    Column = NDArray[np.float64]
+    from synthbrain.evaluation.measuring import Column, Instruments
+    from synthbrain.evaluation.sets import VolumeSet
 
 _MEASURED = {
-    "ventricular_volume": (VENTRICULAR_VOLUME, 1000.0, "mL"),
-    "brain_volume": (BRAIN_VOLUME, 1000.0, "mL"),
-    "age": (AGE, 1.0, "years"),
+    VENTRICULAR_VOLUME.name: (VENTRICULAR_VOLUME, 1000.0, "mL"),
+    BRAIN_VOLUME.name: (BRAIN_VOLUME, 1000.0, "mL"),
+    AGE.name: (AGE, 1.0, "years"),
 }
-"""Covariate, its unit in the report, and how much of its own unit that is."""
+"""Covariate, how much of its own unit the report's unit is, and the latter's name."""
 
 
 def conditioning(
-    volumes: VolumeSet,
-    folder: Path,
-    *,
-    measurer: Measurer | None = None,
-    labels: Path | None = None,
-    regressor: Regressor | None = None,
-    sweeps: int = 0,
-    seed: int = 0,
-    progress: bool = True,
+    volumes: VolumeSet, instruments: Instruments, *, sweeps: int = 0, seed: int = 0
 ) -> dict[str, Any]:
     """Asked against measured covariates.
 
@@ -53,165 +35,76 @@ def conditioning(
     ----------
     volumes
         Of a conditional cohort.
-    folder
-        Where measurements are kept.
-    measurer
-        Tells ventricular and brain volume of each volume.
-    labels
-        Instead, a folder of label maps named after the ids.
-    regressor
-        Tells age, sex or others from volumes.
+    instruments
+        What measures them.
     sweeps
         Seeds of sweeps: of each covariate that is measured, five values are asked at every seed
-        with the others at their means. Takes a generator.
+        with the others at their means. Takes a generator. Label maps cannot be swept: there are
+        none of volumes not made yet.
     seed
         Of the bootstrap.
-    progress
-        Show progress bars on standard error.
 
     Returns
     -------
     dict
         By covariate: asked and measured values and how they agree; and the leakage between them.
     """
-    columns, told = _columns(volumes, folder, measurer, labels, regressor, progress)
-    found: dict[str, Any] = {}
+    measured = instruments.measure(volumes)
     asked = {name: volumes.table[name].to_numpy(dtype=np.float64) for name in NAMES}
-    for name, values in columns.items():
-        if name == "sex":
-            found[name] = {
-                "classification": asdict(classification(asked["sex"], values)),
-                "failed": int((~np.isfinite(values)).sum()),
-            }
-            continue
-        covariate, unit, words = _MEASURED[name]
-        wanted = np.asarray(covariate.denormalise(asked[name])) / unit
-        ends = (covariate.low / unit, covariate.high / unit)
-        fit = agreement(wanted, values / unit, trained=ends, seed=seed)
-        found[name] = {
-            "unit": words,
-            "trained": ends,
-            "asked": wanted.tolist(),
-            "measured": [_number(value) for value in values / unit],
-            "agreement": asdict(fit),
-        }
-    moved = {
-        name: _moved(
-            sweep(volumes, name, sweeps), name, folder, measurer, regressor, seed, progress
-        )
-        for name in (columns if sweeps and labels is None else ())
+    found = {
+        name: _sexes(asked[name], values)
+        if name == SEX.name
+        else _amounts(name, asked[name], values, seed=seed)
+        for name, values in measured.columns.items()
     }
+    swept = measured.columns if sweeps and instruments.labels is None else ()
     return {
-        "by": told, "covariates": found, "leakage": _leakage(asked, columns), "sweeps": moved,
-    }  # fmt: skip
+        "by": measured.by,
+        "covariates": found,
+        "leakage": _leakage(asked, measured.columns),
+        "sweeps": {
+            name: _moved(sweep(volumes, name, sweeps), name, instruments, seed=seed)
+            for name in swept
+        },
+    }
+
+
+def _sexes(asked: Column, measured: Column) -> dict[str, Any]:
+    return {
+        "classification": asdict(classification(asked, measured)),
+        "failed": int((~np.isfinite(measured)).sum()),
+    }
+
+
+def _amounts(name: str, asked: Column, measured: Column, *, seed: int) -> dict[str, Any]:
+    """How a covariate with a unit, measured in its own one, follows the normalised one asked."""
+    covariate, unit, words = _MEASURED[name]
+    wanted = np.asarray(covariate.denormalise(asked)) / unit
+    ends = (covariate.low / unit, covariate.high / unit)
+    return {
+        "unit": words,
+        "trained": ends,
+        "asked": wanted.tolist(),
+        "measured": [_number(value) for value in measured / unit],
+        "agreement": asdict(agreement(wanted, measured / unit, trained=ends, seed=seed)),
+    }
 
 
 def _moved(
-    volumes: VolumeSet,
-    name: str,
-    folder: Path,
-    measurer: Measurer | None,
-    regressor: Regressor | None,
-    seed: int,
-    progress: bool,
+    volumes: VolumeSet, covariate: str, instruments: Instruments, *, seed: int
 ) -> dict[str, Any]:
     """What moves in a sweep of one covariate, all normalised."""
-    columns, _ = _columns(volumes, folder, measurer, None, regressor, progress)
-    measured = {
-        each: values if each == "sex" else by_name(each).normalise(values)
-        for each, values in columns.items()
+    normalised = {
+        name: values if name == SEX.name else by_name(name).normalise(values)
+        for name, values in instruments.measure(volumes).columns.items()
     }
-    return asdict(sweep_report(volumes.table, measured, covariate=name, seed=seed))
+    return asdict(sweep_report(volumes.table, normalised, covariate=covariate, seed=seed))
 
 
-def _columns(
-    volumes: VolumeSet,
-    folder: Path,
-    measurer: Measurer | None,
-    labels: Path | None,
-    regressor: Regressor | None,
-    progress: bool,
-) -> tuple[dict[str, Column], dict[str, Any]]:
-    """Measured values by covariate, natural units (sex: 0 to 1); and who measured."""
-    columns: dict[str, Column] = {}
-    told: dict[str, Any] = {}
-    if labels is not None:
-        found = measure_folder(labels, volumes.ids)
-        told["volumes"] = {"name": f"label maps in {labels}", "failures": dict(found.failures)}
-    elif measurer is not None:
-        found = _measured(measurer, volumes, folder, progress)
-        told["volumes"] = {
-            "name": measurer.name, "version": measurer.version, "failures": dict(found.failures),
-        }  # fmt: skip
-    else:
-        found = None
-    if found is not None:
-        for name in ("ventricular_volume", "brain_volume"):
-            columns[name] = found.column(name, volumes.ids)
-    if regressor is not None:
-        values = _predicted(regressor, volumes, progress)
-        for place, name in enumerate(regressor.names):
-            columns.setdefault(name, values[:, place])
-        told["regressor"] = {"names": list(regressor.names)}
-    return columns, told
-
-
-def _measured(measurer: Measurer, volumes: VolumeSet, folder: Path, progress: bool) -> Measurements:
-    """Measurements of all volumes; those kept by an earlier call are not made again."""
-    if isinstance(measurer, Segmenter):
-        maps = folder / "segmentations" / f"{measurer.name}-{volumes.identity[:16]}"
-        return measurer.measure_all(_each(volumes, range(len(volumes)), progress), maps)
-    path = folder / f"measured-{measurer.name}-{measurer.version}.jsonl"
-    kept = _kept(path)
-    todo = [place for place, key in enumerate(volumes.keys) if key not in kept]
-    with path.open("a") as file:
-        for place, volume in zip(todo, _each(volumes, todo, progress), strict=True):
-            one = measure_each(measurer, [volume])
-            kept[volumes.keys[place]] = (
-                dict(next(iter(one.values.values()), {})), next(iter(one.failures.values()), "")
-            )  # fmt: skip
-            file.write(json.dumps([volumes.keys[place], *kept[volumes.keys[place]]]) + "\n")
-            file.flush()
-    found = {id: kept[key] for id, key in zip(volumes.ids, volumes.keys, strict=True)}
-    return Measurements(
-        values={id: values for id, (values, _) in found.items() if values},
-        failures={id: problem for id, (_, problem) in found.items() if problem},
-    )
-
-
-def _each(
-    volumes: VolumeSet, places: Sequence[int], progress: bool
-) -> Iterator[tuple[str, Any, Any]]:
-    what = f"measuring {volumes.name}"
-    for place in track(places, total=len(places), what=what, show=progress):
-        yield volumes.ids[place], volumes[place].numpy(), volumes.affine
-
-
-def _kept(path: Path) -> dict[str, tuple[dict[str, float], str]]:
-    """Values and failures by key; a line cut short counts as none, and is closed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
-        path.write_text(text + "\n")
-    found = {}
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            key, values, problem = json.loads(line)
-            found[key] = (values, problem)
-    return found
-
-
-def _predicted(regressor: Regressor, volumes: VolumeSet, progress: bool) -> Column:
-    """``(n, k)`` in natural units."""
-    what = f"{', '.join(regressor.names)} of {volumes.name}"
-    each = track(range(len(volumes)), total=len(volumes), what=what, show=progress)
-    return regressor.predict_each(volumes[place][None] for place in each)
-
-
-def _leakage(asked: Mapping[str, Column], columns: Mapping[str, Column]) -> dict[str, Any]:
+def _leakage(asked: Mapping[str, Column], measured: Mapping[str, Column]) -> dict[str, Any]:
     """The matrix of partial slopes, or why there is none."""
     try:
-        return asdict(leakage(asked, columns))
+        return asdict(leakage(asked, measured))
     except EvaluationError as error:
         return {"missing": str(error)}
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from generation.evaluate.diversity import PUBLISHED, between_pairs, pairs, summarise
+from generation.evaluate.diversity import PUBLISHED, between_pairs, summarise
 from generation.evaluate.gradient_ssim import GradientSsim
+from generation.evaluate.pairing import pairs
 from generation.evaluate.ssim import Ssim
 from synthbrain.errors import UsageError
 from synthbrain.evaluation.sets import VolumeSet
@@ -16,6 +17,19 @@ from synthbrain.progress import track
 
 MEASURES = {"ms-ssim": Ssim, "4-g-r-ssim": GradientSsim}
 """Similarities by name."""
+
+
+def check_measures(names: Sequence[str]) -> None:
+    """See that there are such similarities.
+
+    Raises
+    ------
+    UsageError
+        There is none of some name.
+    """
+    unknown = [name for name in names if name not in MEASURES]
+    if unknown:
+        raise UsageError(f"unknown similarity {unknown[0]!r}; there are {', '.join(MEASURES)}")
 
 
 def diversity(
@@ -57,9 +71,7 @@ def diversity(
     UsageError
         There is no such measure.
     """
-    unknown = [name for name in measures if name not in MEASURES]
-    if unknown:
-        raise UsageError(f"unknown similarity {unknown[0]!r}; there are {', '.join(MEASURES)}")
+    check_measures(measures)
     rows = []
     for volumes in sets:
         row: dict[str, Any] = {"set": volumes.name, "volumes": len(volumes)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generation.errors import EvaluationError
 from generation.evaluate.distances import frechet_distance, frechet_infinity, kernel_distance
-from generation.evaluate.estimates import Estimate, jackknife
+from generation.evaluate.estimates import PointEstimate, jackknife
 from generation.evaluate.extraction import extract, read
 from generation.evaluate.neighbours import (
     clipped_density_coverage,
@@ -36,26 +36,47 @@ PUBLISHED = {
 """Fréchet distances on Med3D features (Pinaya et al. 2022, Table 1)."""
 
 
-def features(
-    volumes: VolumeSet, network: FeatureNetwork, folder: Path, *, device: str, progress: bool
-) -> NDArray[np.float32]:
-    """Features ``(n, size)`` of volumes; kept in a folder, and computed once."""
-    done = extract(volumes, volumes.keys, network, folder, device=device)
-    what = f"features of {volumes.name}"
-    for _ in track(done, total=len(volumes), what=what, show=progress):
-        pass
-    return read(volumes.keys, network, folder)
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpace:
+    """A network's features of volumes, each computed once and kept.
+
+    Parameters
+    ----------
+    network
+        What computes features.
+    folder
+        Where they are kept.
+    device
+        Where to compute them.
+    progress
+        Show progress bars on standard error.
+    """
+
+    network: FeatureNetwork
+    folder: Path
+    device: str = "cpu"
+    progress: bool = True
+
+    def of(self, volumes: VolumeSet) -> NDArray[np.float32]:
+        """Features ``(n, size)`` of volumes; those that are not there yet are computed."""
+        done = extract(volumes, volumes.keys, self.network, self.folder, device=self.device)
+        what = f"features of {volumes.name}"
+        for _ in track(done, total=len(volumes), what=what, show=self.progress):
+            pass
+        return self.kept(volumes)
+
+    def kept(self, volumes: VolumeSet) -> NDArray[np.float32]:
+        """As :meth:`of`, of volumes whose features are there."""
+        return read(volumes.keys, self.network, self.folder)
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the network."""
+        keys = ("name", "digest", "size", "pretrained")
+        return {key: getattr(self.network, key) for key in keys}
 
 
 def fidelity(
-    synthetic: VolumeSet,
-    real: VolumeSet,
-    network: FeatureNetwork,
-    folder: Path,
-    *,
-    device: str = "cpu",
-    seed: int = 0,
-    progress: bool = True,
+    synthetic: VolumeSet, real: VolumeSet, space: FeatureSpace, *, seed: int = 0
 ) -> dict[str, Any]:
     """Distances of synthetic from real volumes, and between two halves of the real ones.
 
@@ -63,42 +84,27 @@ def fidelity(
     ----------
     synthetic, real
         The volumes.
-    network
-        What computes features.
-    folder
-        Where they are kept.
-    device
-        Where to compute them.
+    space
+        The features they are compared in.
     seed
         Of the halves, and of the order in which volumes are dealt out.
-    progress
-        Show progress bars on standard error.
 
     Returns
     -------
     dict
         Facts of the network, and two rows of figures, each with what could not be computed.
     """
-    made, wanted = (
-        features(volumes, network, folder, device=device, progress=progress)
-        for volumes in (synthetic, real)
-    )
-    one, other = (read(half.keys, network, folder) for half in real.halves(seed))
+    made, wanted = space.of(synthetic), space.of(real)
+    one, other = (space.kept(half) for half in real.halves(seed))
     rows = [
-        _row(f"{synthetic.name} against {real.name}", wanted, made, seed),
-        _row(f"{real.name}, one half against the other", one, other, seed),
+        _row(f"{synthetic.name} against {real.name}", wanted, made, seed=seed),
+        _row(f"{real.name}, one half against the other", one, other, seed=seed),
     ]
-    about = {
-        "name": network.name,
-        "digest": network.digest,
-        "size": network.size,
-        "pretrained": network.pretrained,
-    }
-    return {"network": about, "rows": rows, "published": PUBLISHED}
+    return {"network": space.facts(), "rows": rows, "published": PUBLISHED}
 
 
 def _row(
-    name: str, real: NDArray[np.float32], generated: NDArray[np.float32], seed: int
+    name: str, real: NDArray[np.float32], generated: NDArray[np.float32], *, seed: int
 ) -> dict[str, Any]:
     figures: dict[str, Callable[[], Any]] = {
         "fd": lambda: jackknife(frechet_distance, real, generated, seed=seed),
@@ -126,5 +132,5 @@ def _row(
     return {**row, "missing": missing}
 
 
-def _estimate(found: Estimate) -> dict[str, Any]:
+def _estimate(found: PointEstimate) -> dict[str, Any]:
     return {**asdict(found), "interval": found.interval()}

@@ -78,20 +78,21 @@ def agreement(
     return _text(figure)
 
 
-def bias(groups: Sequence[Mapping[str, float]], *, unit: str) -> str:
+def bias(groups: Sequence[Sequence[float]], *, unit: str) -> str:
     """Mean error by decile of what was asked.
 
     Parameters
     ----------
     groups
-        With ``low``, ``high`` and ``mean_error`` each.
+        Lowest and highest value asked, how many, and their mean error; as
+        :class:`generation.evaluate.conditioning.Bias`.
     unit
         Of them.
     """
     figure, axes = _axes(3.4, 2.2)
-    middles = [(group["low"] + group["high"]) / 2 for group in groups]
+    middles = [(low + high) / 2 for low, high, _, _ in groups]
     axes.axhline(0, color=QUIET, linewidth=0.8)
-    axes.plot(middles, [group["mean_error"] for group in groups], "o-", color=BLUE, markersize=3)
+    axes.plot(middles, [error for *_, error in groups], "o-", color=BLUE, markersize=3)
     axes.set(xlabel=f"asked ({unit})", ylabel=f"mean error ({unit})")
     return _text(figure)
 

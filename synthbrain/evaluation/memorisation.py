@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,8 +32,8 @@ def memorisation(
     synthetic: VolumeSet,
     training: VolumeSet,
     held_out: VolumeSet,
-    spaces: Mapping[str, Features] | None = None,
     *,
+    spaces: Mapping[str, Features] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -58,25 +58,22 @@ def memorisation(
         The combined verdict, one audit a space, near-duplicates among the synthetic volumes, and
         the pairs most alike, compared again at full size.
     """
-    spaces = {"voxels": coarse_voxels(4), **(spaces or {})}
     draw = np.random.Generator(np.random.Philox(seed))
     count = min(_PLANTED, len(training))
     origins = sorted(draw.choice(len(training), count, replace=False).tolist())
     audits, worst, duplicates = [], [], {}
-    for name, space in spaces.items():
-        known, made, others = (
-            _vectors(volumes, space, f"{name} of {volumes.name} ({role})", progress)
-            for role, volumes in (
-                ("training", training), ("synthetic", synthetic), ("held out", held_out),
-            )
-        )  # fmt: skip
+    for name, features in {"voxels": coarse_voxels(4), **(spaces or {})}.items():
+        space = _Space(name, features, progress)
+        known = space.vectors(training, f"{training.name} (training)")
+        made = space.vectors(synthetic, f"{synthetic.name} (synthetic)")
+        others = space.vectors(held_out, f"{held_out.name} (held out)")
         planted = {
             str(dose): (
-                _vectors(Planted(training, origins, dose, seed=seed), space,
-                         f"{name} of copies: {dose}", progress), origins,
+                space.vectors(Planted(training, origins, dose, seed=seed), f"copies: {dose}"),
+                origins,
             )
             for dose in DOSES
-        }  # fmt: skip
+        }
         found = audit(known, made, others, space=name, planted=planted, seed=seed)
         audits.append(found)
         worst += [(name, match) for match in found.worst[:_PICTURED]]
@@ -94,8 +91,16 @@ def memorisation(
     }
 
 
-def _vectors(volumes: Volumes, space: Features, what: str, progress: bool) -> torch.Tensor:
-    return vectors(_Shown(volumes, what, progress), space)
+@dataclass(frozen=True)
+class _Space:
+    """What makes a vector of a volume."""
+
+    name: str
+    features: Features
+    progress: bool
+
+    def vectors(self, volumes: Volumes, what: str) -> torch.Tensor:
+        return vectors(_Shown(volumes, f"{self.name} of {what}", self.progress), self.features)
 
 
 class _Shown:

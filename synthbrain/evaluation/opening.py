@@ -64,12 +64,13 @@ class Inputs:
 
         from generation.evaluate import features
         from generation.evaluate.regressor import load_regressor
-        from synthbrain.evaluation.diversity import MEASURES
+        from synthbrain.evaluation.diversity import check_measures
         from synthbrain.evaluation.figures import require
 
         require()
-        if self.segmenter is not None and self.labels is not None:
-            raise UsageError("give --segmenter or --labels, not both")
+        self._check_labels()
+        if self.measures is not None:
+            check_measures(self.measures)
         parts = PARTS if self.parts is None else tuple(self.parts)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         synthetic = self._set(self.synthetic, None if self.generator == "none" else self.generator)
@@ -85,13 +86,23 @@ class Inputs:
             regressor=regressor,
             spaces=self._spaces(device),
             trials=None if self.utility is None else _trials(self.utility),
-            measures=tuple(MEASURES) if self.measures is None else tuple(self.measures),
+            measures=self.measures,
             pairs=self.pairs,
             sweeps=self.sweeps,
             parts=parts,
             device=device,
             seed=self.seed,
         )
+
+    def _check_labels(self) -> None:
+        if self.labels is None:
+            return
+        if self.segmenter is not None:
+            raise UsageError("give --segmenter or --labels, not both")
+        if not self.labels.is_dir():
+            raise UsageError(
+                f"there is no folder {self.labels}; --labels takes one that holds label maps"
+            )
 
     def _set(self, data: str, generator: str | None) -> VolumeSet:
         dataset = opener(data, generator=generator, store=self.store)()

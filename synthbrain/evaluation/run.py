@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 PARTS = ("fidelity", "diversity", "conditioning", "memorisation", "utility")
 """What an evaluation consists of, in this order."""
 
+_FEWEST = 3
+"""Volumes of which pairs tell a spread."""
+
+_MEMBERS = "train"
+"""The split a generator learned from."""
+
 _PACKAGES = ("torch", "monai", "numpy", "scipy", "matplotlib")
 
 
@@ -65,14 +71,18 @@ class Evaluation:
         audit of memorisation.
     network
         Computes features.
-    measurer, labels, regressor, sweeps
+    measurer, labels, regressor
+        As in :class:`synthbrain.evaluation.measuring.Instruments`.
+    sweeps
         As in :func:`synthbrain.evaluation.conditioning.conditioning`.
     spaces
         As in :func:`synthbrain.evaluation.memorisation.memorisation`; features are added.
     trials
         Settings of the network that utility trains.
-    measures, pairs
-        As in :func:`synthbrain.evaluation.diversity.diversity`.
+    measures
+        Some of :data:`synthbrain.evaluation.diversity.MEASURES`; all of them by default.
+    pairs
+        Pairs of volumes a set that diversity compares.
     parts
         Which of :data:`PARTS`.
     device
@@ -91,7 +101,7 @@ class Evaluation:
     regressor: Regressor | None = None
     spaces: Mapping[str, Features] = field(default_factory=dict)
     trials: RegressionSettings | None = None
-    measures: Sequence[str] = ("ms-ssim", "4-g-r-ssim")
+    measures: Sequence[str] | None = None
     pairs: int = 1000
     sweeps: int = 0
     parts: Sequence[str] = PARTS
@@ -102,6 +112,19 @@ class Evaluation:
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown:
             raise UsageError(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+
+    @property
+    def members(self) -> VolumeSet:
+        """The volumes a generator learned from.
+
+        Raises
+        ------
+        UsageError
+            They are not known.
+        """
+        if self.training is None:
+            raise UsageError("there are no training volumes; give training")
+        return self.training.split(_MEMBERS)
 
     def run(self, *, progress: bool = True) -> dict[str, Any]:
         """Measure all that can be measured, and write ``results.json`` and ``report.html``.
@@ -167,17 +190,22 @@ class Evaluation:
         """Why a part cannot be measured; empty where it can."""
         needs: dict[str, Callable[[], str]] = {
             "fidelity": self._lacks_real,
-            "diversity": lambda: "" if len(self.synthetic) > 2 else "needs three volumes or more",
+            "diversity": self._lacks_volumes,
             "conditioning": self._lacks_measurer,
             "memorisation": self._lacks_training,
             "utility": self._lacks_trials,
         }
         return needs[part]()
 
+    def _lacks_volumes(self) -> str:
+        return "" if len(self.synthetic) >= _FEWEST else "needs three volumes or more"
+
     def _lacks_real(self) -> str:
         if self.real is None:
             return "needs real volumes to compare with: --real"
-        return "" if self.network is not None else "needs a network of features: --features"
+        if self.network is None:
+            return "needs a network of features: --features"
+        return self._other_grid(self.real)
 
     def _lacks_measurer(self) -> str:
         if not self.synthetic.conditional:
@@ -191,14 +219,13 @@ class Evaluation:
     def _lacks_training(self) -> str:
         if self.training is None:
             return "needs what the generator learned from: --training"
-        splits = self.training.table["split"]
-        inside = int((splits == "train").sum())
-        if inside < 4 or len(splits) - inside < 2:
+        inside, outside = len(self.members), len(self.training.without(_MEMBERS))
+        if inside < 4 or outside < 2:
             return (
-                f"{self.training.name} has {inside} rows of split train and "
-                f"{len(splits) - inside} others, needs 4 and 2"
+                f"{self.training.name} has {inside} rows of split {_MEMBERS} and {outside} others, "
+                "needs 4 and 2"
             )
-        return ""
+        return self._other_grid(self.training)
 
     def _lacks_trials(self) -> str:
         if self.trials is None:
@@ -208,7 +235,18 @@ class Evaluation:
         if not (self.real.conditional and self.synthetic.conditional):
             return "needs volumes with covariates"
         few = [name for name in ("train", "test") if len(self.real.split(name)) < 2]
-        return f"{self.real.name} has too few rows of split {few[0]}" if few else ""
+        if few:
+            return f"{self.real.name} has too few rows of split {few[0]}"
+        return self._other_grid(self.real)
+
+    def _other_grid(self, other: VolumeSet) -> str:
+        """Why volumes cannot be compared with the synthetic ones; empty where they can."""
+        if other.shape == self.synthetic.shape:
+            return ""
+        return (
+            f"{other.name} has volumes of {_sides(other)} voxels, {self.synthetic.name} of "
+            f"{_sides(self.synthetic)}: bring them onto one grid"
+        )
 
     def _measure(self, part: str, progress: bool) -> dict[str, Any]:
         measure: dict[str, Callable[[bool], dict[str, Any]]] = {
@@ -221,47 +259,47 @@ class Evaluation:
         return measure[part](progress)
 
     def _fidelity(self, progress: bool) -> dict[str, Any]:
-        from synthbrain.evaluation.fidelity import fidelity
+        from synthbrain.evaluation.fidelity import FeatureSpace, fidelity
 
         assert self.real is not None
         assert self.network is not None
-        return fidelity(
-            self.synthetic, self.real, self.network, self.folder / "features",
-            device=self.device, seed=self.seed, progress=progress,
+        space = FeatureSpace(
+            network=self.network, folder=self.folder / "features", device=self.device,
+            progress=progress,
         )  # fmt: skip
+        return fidelity(self.synthetic, self.real, space, seed=self.seed)
 
     def _diversity(self, progress: bool) -> dict[str, Any]:
-        from synthbrain.evaluation.diversity import diversity
+        from synthbrain.evaluation.diversity import MEASURES, diversity
 
-        sets = [self.synthetic, *([] if self.real is None or len(self.real) < 3 else [self.real])]
+        sets = [each for each in (self.synthetic, self.real) if each is not None]
         return diversity(
-            sets, self.folder / "pairs", measures=self.measures, count=self.pairs,
-            device=self.device, seed=self.seed, progress=progress,
+            [each for each in sets if len(each) >= _FEWEST], self.folder / "pairs",
+            measures=tuple(MEASURES) if self.measures is None else self.measures,
+            count=self.pairs, device=self.device, seed=self.seed, progress=progress,
         )  # fmt: skip
 
     def _conditioning(self, progress: bool) -> dict[str, Any]:
         from synthbrain.evaluation.conditioning import conditioning
+        from synthbrain.evaluation.measuring import Instruments
 
-        return conditioning(
-            self.synthetic, self.folder / "measured", measurer=self.measurer, labels=self.labels,
-            regressor=self.regressor, sweeps=self.sweeps, seed=self.seed, progress=progress,
+        instruments = Instruments(
+            folder=self.folder / "measured", measurer=self.measurer, labels=self.labels,
+            regressor=self.regressor, progress=progress,
         )  # fmt: skip
+        return conditioning(self.synthetic, instruments, sweeps=self.sweeps, seed=self.seed)
 
     def _memorisation(self, progress: bool) -> dict[str, Any]:
         from synthbrain.evaluation.memorisation import memorisation
 
         assert self.training is not None
-        splits = self.training.table["split"] == "train"
-        inside, outside = (
-            self.training.part([i for i, here in enumerate(splits) if here == wanted])
-            for wanted in (True, False)
-        )
         spaces = dict(self.spaces)
         if self.network is not None:
             spaces[self.network.name] = self.network.features
         return memorisation(
-            self.synthetic, inside, outside, spaces, seed=self.seed, progress=progress
-        )
+            self.synthetic, self.members, self.training.without(_MEMBERS), spaces=spaces,
+            seed=self.seed, progress=progress,
+        )  # fmt: skip
 
     def _utility(self, progress: bool) -> dict[str, Any]:
         from synthbrain.evaluation.utility import utility
@@ -269,6 +307,11 @@ class Evaluation:
         assert self.real is not None
         assert self.trials is not None
         return utility(
-            self.synthetic, self.real.split("train"), self.real.split("test"), self.trials,
-            self.folder / "trials", device=self.device, progress=progress,
+            self.synthetic, self.real.split("train"), self.real.split("test"),
+            settings=self.trials, folder=self.folder / "trials", device=self.device,
+            progress=progress,
         )  # fmt: skip
+
+
+def _sides(volumes: VolumeSet) -> str:
+    return " x ".join(map(str, volumes.shape))

@@ -68,6 +68,11 @@ class VolumeSet:
         return np.asarray(self.dataset.manifest.header.geometry.affine, dtype=np.float64)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels of a volume."""
+        return self.dataset.manifest.header.geometry.shape
+
+    @property
     def made_by(self) -> str:
         """Identity of the generator; empty where volumes are published ones alone."""
         return self.dataset.resolver.made_by or ""
@@ -111,7 +116,11 @@ class VolumeSet:
 
     def split(self, name: str) -> VolumeSet:
         """Those of one split."""
-        return self.part(np.flatnonzero((self.table["split"] == name).to_numpy()).tolist())
+        return self.part(np.flatnonzero(self.table["split"] == name).tolist())
+
+    def without(self, split: str) -> VolumeSet:
+        """Those of all other splits."""
+        return self.part(np.flatnonzero(self.table["split"] != split).tolist())
 
     def facts(self) -> dict[str, Any]:
         """What the report says of it."""

@@ -39,9 +39,9 @@ def utility(
     synthetic: VolumeSet,
     real_train: VolumeSet,
     real_test: VolumeSet,
+    *,
     settings: RegressionSettings,
     folder: Path,
-    *,
     fractions: Sequence[float] = (0.1, 0.5, 1.0),
     seeds: int = 3,
     device: str = "cpu",
@@ -78,8 +78,9 @@ def utility(
                 told(sum(before.values()), f"{arm}, seed {seed}")
 
         found = study(
-            _Samples(real_train), _Samples(real_test), _Samples(synthetic), settings, folder,
-            fractions=fractions, seeds=range(seeds), device=device, told=note,
+            _Samples(real_train), _Samples(real_test), _Samples(synthetic),
+            settings=settings, folder=folder, fractions=fractions, seeds=range(seeds),
+            device=device, told=note,
         )  # fmt: skip
     about = {"real_train": len(real_train), "real_test": len(real_test), "seeds": seeds}
     differences = [{**asdict(one), "told": str(one)} for one in found.differences]

@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from readable import SHAPE, Means, Readable, Reader
 
-from generation.evaluate.ssim import Ssim, Window
+from generation.evaluate.multiscale import Window
+from generation.evaluate.ssim import Ssim
 from synthbrain import SynthBrainDataset
 from synthbrain.errors import UsageError
 from synthbrain.evaluation import diversity
@@ -29,38 +31,43 @@ GRID = Geometry(
 )
 
 
+SMALL = {"ms-ssim": lambda: Ssim((1.0,), Window(5, 1.0))}
+"""One scale and a small window, for volumes of 16 voxels a side."""
+
+
+def toys(store, n=40, seed=0, name="toys", grid=GRID, made_by=Readable, **options):
+    """A set of readable volumes."""
+    tiny = tiny_manifest(n, seed=seed)
+    header = tiny.header.model_copy(update={"geometry": grid, "name": name})
+    manifest = Manifest.create(header, tiny.table)
+    dataset = SynthBrainDataset(manifest, generator=made_by(**options), store=store)
+    return VolumeSet(name, dataset)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """One scale and a small window, for volumes of 16 voxels a side."""
-    monkeypatch.setattr(diversity, "MEASURES", {"ms-ssim": lambda: Ssim((1.0,), Window(5, 1.0))})
+    monkeypatch.setattr(diversity, "MEASURES", SMALL)
 
 
 @pytest.fixture
 def volumes(tmp_path):
     """Makes sets of readable volumes."""
-
-    def make(n=40, seed=0, name="toys", **options):
-        tiny = tiny_manifest(n, seed=seed)
-        manifest = Manifest.create(
-            tiny.header.model_copy(update={"geometry": GRID, "name": name}), tiny.table
-        )
-        dataset = SynthBrainDataset(
-            manifest, generator=Readable(**options), store=tmp_path / "store"
-        )
-        return VolumeSet(name, dataset)
-
-    return make
+    return partial(toys, tmp_path / "store")
 
 
-@pytest.fixture
-def evaluated(volumes, tmp_path):
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
     """A whole evaluation but for utility: results, and the folder."""
-    real = volumes(seed=1, name="real")
+    folder = tmp_path_factory.mktemp("evaluated")
+    real = toys(folder / "store", seed=1, name="real")
     job = Evaluation(
-        synthetic=volumes(), real=real, training=real, network=Means(), measurer=Reader(),
-        folder=tmp_path / "out", measures=("ms-ssim",), pairs=60,
+        synthetic=toys(folder / "store"), real=real, training=real, network=Means(),
+        measurer=Reader(), folder=folder / "out", pairs=60,
     )  # fmt: skip
-    return job.run(progress=False), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diversity, "MEASURES", SMALL)
+        patch.setenv("SYNTHBRAIN_HOME", str(folder / "home"))
+        return job.run(progress=False), folder / "out"
 
 
 def test_every_part_is_measured_and_what_is_not_is_told(evaluated):
@@ -109,7 +116,7 @@ def test_the_report_stands_alone(evaluated):
 
 def test_a_second_run_measures_nothing_again(volumes, tmp_path, monkeypatch):
     reader, synthetic = Reader(), volumes(12)
-    options = {"folder": tmp_path / "out", "measurer": reader, "measures": ("ms-ssim",)}
+    options = {"folder": tmp_path / "out", "measurer": reader}
     first = Evaluation(synthetic=synthetic, **options).run(progress=False)
     assert reader.calls == 12
     again = Evaluation(synthetic=synthetic.first(10), **options).run(progress=False)
@@ -210,8 +217,46 @@ def test_a_worse_generator_is_farther_from_real_volumes(volumes, tmp_path):
     ],
 )
 def test_what_lacks_is_told_with_the_option_that_gives_it(volumes, tmp_path, options, part, words):
-    job = Evaluation(synthetic=volumes(4), folder=tmp_path, measures=("ms-ssim",), **options)
+    job = Evaluation(synthetic=volumes(4), folder=tmp_path, **options)
     assert words in job.run(progress=False)["not_measured"][part]
+
+
+class Flat(Readable):
+    """Readable volumes without their last planes."""
+
+    shape = (16, 16, 12)
+
+    def sample(self, rows):
+        return super().sample(rows)[..., :12]
+
+
+def test_volumes_on_another_grid_are_not_compared(volumes, tmp_path):
+    grid = GRID.model_copy(update={"shape": Flat.shape, "chunks": Flat.shape})
+    real = volumes(40, seed=1, name="real", grid=grid, made_by=Flat)
+    job = Evaluation(
+        synthetic=volumes(4), real=real, training=real, network=Means(), folder=tmp_path,
+        parts=("fidelity", "memorisation"),
+    )  # fmt: skip
+    found = job.run(progress=False)["not_measured"]
+    for part in ("fidelity", "memorisation"):
+        assert "real has volumes of 16 x 16 x 12 voxels, toys of 16 x 16 x 16" in found[part]
+
+
+def test_one_volume_is_measured_as_far_as_it_goes(volumes, tmp_path):
+    real = volumes(40, seed=1, name="real")
+    job = Evaluation(
+        synthetic=volumes(1), real=real, training=real, network=Means(), measurer=Reader(),
+        folder=tmp_path,
+    )  # fmt: skip
+    results = job.run(progress=False)
+    assert "three volumes or more" in results["not_measured"]["diversity"]
+    assert "at least 2 volumes, found 1" in results["fidelity"]["rows"][0]["missing"]["fd"]
+    assert (
+        "too few for a line"
+        in (results["conditioning"]["covariates"]["brain_volume"]["agreement"]["trained"]["note"])
+    )
+    assert "2 or more" in results["memorisation"]["duplicates"]["voxels"]["missing"]
+    assert (tmp_path / "report.html").exists()
 
 
 def test_an_unknown_part_is_refused(volumes, tmp_path):

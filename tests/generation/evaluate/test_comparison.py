@@ -41,7 +41,7 @@ class TestMetrics:
 
 
 class TestIntervals:
-    arms = (Arm(1.0, False), Arm(0.0, True))
+    real, synthetic = Arm(1.0, False), Arm(0.0, True)
 
     def compared(self, seed, harm, level=0.9):
         """An arm whose errors are larger by ``harm``, of 3 seeds and 60 subjects."""
@@ -49,10 +49,10 @@ class TestIntervals:
         truth = draw.uniform(50, 80, 60)
         error = draw.standard_normal(60)[None] + 0.3 * draw.standard_normal((3, 60)) + 8
         found = {
-            "real-1": (truth + error)[..., None],
-            "synthetic": (truth + error + harm + 0.3 * draw.standard_normal((3, 60)))[..., None],
+            self.real: (truth + error)[..., None],
+            self.synthetic: (truth + error + harm + 0.3 * draw.standard_normal((3, 60)))[..., None],
         }
-        return compare(("age",), truth[:, None], found, self.arms, level=level, resamples=400)
+        return compare(("age",), truth[:, None], found, level=level, resamples=400)
 
     def test_differences_cover_and_are_narrower_than_unpaired_ones(self):
         hits = 0
@@ -73,6 +73,6 @@ class TestIntervals:
 
     def test_test_volumes_that_do_not_differ_are_refused(self):
         same = np.full((5, 1), 60.0)
-        found = {arm.name: np.zeros((3, 5, 1)) for arm in self.arms}
+        found = dict.fromkeys((self.real, self.synthetic), np.zeros((3, 5, 1)))
         with pytest.raises(EvaluationError, match="all 5 test volumes have age 60 years"):
-            compare(("age",), same, found, self.arms, level=0.9, resamples=10)
+            compare(("age",), same, found, level=0.9, resamples=10)

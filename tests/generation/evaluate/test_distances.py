@@ -11,7 +11,7 @@ from generation.evaluate.distances import (
     frechet_of_gaussians,
     kernel_distance,
 )
-from generation.evaluate.estimates import Estimate, jackknife
+from generation.evaluate.estimates import PointEstimate, jackknife
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -213,8 +213,8 @@ class TestKernel:
 
 class TestEstimates:
     def test_the_interval_of_a_normal_estimate(self):
-        assert Estimate(1.0, 0.5).interval() == pytest.approx((0.02, 1.98), abs=1e-3)
-        assert Estimate(1.0, 0.5).interval(0.6827) == pytest.approx((0.5, 1.5), abs=1e-4)
+        assert PointEstimate(1.0, 0.5).interval() == pytest.approx((0.02, 1.98), abs=1e-3)
+        assert PointEstimate(1.0, 0.5).interval(0.6827) == pytest.approx((0.5, 1.5), abs=1e-4)
 
     def test_the_error_of_a_mean_is_its_standard_error(self):
         a, b = draw(0, 4000, 1), 2 * draw(1, 1000, 1)

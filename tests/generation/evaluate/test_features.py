@@ -145,7 +145,10 @@ class TestStrictly:
     def test_what_is_ignored_may_be_missing_or_too_many(self):
         net = nn.BatchNorm1d(2)
         state = {k: torch.ones(2) for k in ("weight", "bias", "running_mean", "running_var")}
-        load_strictly(net, state | {"extra": torch.ones(1)}, "x", lambda key: key[:3] in "extnum")
+        load_strictly(
+            net, state | {"extra": torch.ones(1)}, where="x",
+            ignored=lambda key: key[:3] in "extnum",
+        )  # fmt: skip
         assert (net.running_mean == 1).all()
 
     def test_all_that_is_wrong_is_named(self):
@@ -156,7 +159,7 @@ class TestStrictly:
             match=r"file: of 2 tensors 1 missing \(bias\); 1 unexpected \(b\); "
             r"1 of another shape \(weight \(3,\) instead of \(2, 2\)\)",
         ):
-            load_strictly(net, state, "file", lambda key: False)
+            load_strictly(net, state, where="file", ignored=lambda key: False)
 
 
 def test_the_digest_is_of_architecture_preprocessing_and_weights():

@@ -14,7 +14,7 @@ from generation.evaluate.gradient_ssim import (
     gradient_ssim,
     name,
 )
-from generation.evaluate.ssim import Window
+from generation.evaluate.multiscale import Window
 
 
 def literal_gradient(v):

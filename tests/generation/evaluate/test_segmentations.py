@@ -16,7 +16,7 @@ from generation.evaluate.segmentations import (
     measure_labels,
     measure_tissues,
 )
-from generation.volumetry import REFERENCE_ICV, measure
+from generation.volumetry import REFERENCE_ICV
 
 
 def a_map(seed=0, shape=(12, 14, 10)):
@@ -159,6 +159,10 @@ class TestFiles:
         assert np.isnan(column[0])
         assert column[1] == counted(a_map(), VENTRICLES)
 
+    def test_a_folder_that_is_not_there_is_refused(self, tmp_path):
+        with pytest.raises(EvaluationError, match=r"there is no folder .*gone; give the one"):
+            measure_folder(tmp_path / "gone", ["a"])
+
 
 class TestPhantomMeasurer:
     def test_it_is_a_measurer_and_says_what_it_cannot_do(self):
@@ -171,14 +175,10 @@ class TestPhantomMeasurer:
         assert found.values == {}
         assert "expected one volume of (160, 224, 160)" in found.failures["small"]
 
-    def test_it_measures_as_volumetry_does(self, phantom):
-        import pandas as pd
-
-        row = {"sex": 0.0, "age": 0.5, "ventricular_volume": 0.2, "brain_volume": 0.5, "seed": 1}
-        volume = phantom.sample(pd.DataFrame([row], index=["p"]))[0].numpy()
-        found = measure_each(PhantomMeasurer(), [("p", volume, np.diag((-1, 1, 1, 1)))])
-        expected = measure(volume)
+    def test_it_measures_as_volumetry_does(self, heads):
+        given = [("p", heads.volumes[0], np.diag((-1, 1, 1, 1)))]
+        found = measure_each(PhantomMeasurer(), given)
         assert found.values["p"] == {
-            "ventricular_volume": expected.ventricular_volume,
-            "brain_volume": expected.brain_volume,
+            "ventricular_volume": heads.measured[0].ventricular_volume,
+            "brain_volume": heads.measured[0].brain_volume,
         }

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from generation.errors import EvaluationError
-from generation.evaluate.ssim import WEIGHTS, Ssim, Window, ms_ssim, pyramid, ssim
+from generation.evaluate.multiscale import WEIGHTS, Window, pyramid
+from generation.evaluate.ssim import Ssim, ms_ssim, ssim
 
 SHAPE = (112, 128, 112)
 
@@ -158,3 +159,9 @@ def test_voxels_that_are_not_numbers_are_refused():
 def test_windows_that_cannot_be(window):
     with pytest.raises(EvaluationError, match="cannot be"):
         Window(*window)
+
+
+@pytest.mark.parametrize("options", [{"weights": ()}, {"data_range": 0.0}])
+def test_settings_that_cannot_be(options):
+    with pytest.raises(EvaluationError, match="expected a weight a scale and a range above 0"):
+        Ssim(**options)

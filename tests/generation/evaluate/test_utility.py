@@ -1,6 +1,7 @@
 """Training on synthetic and on real volumes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from generation.covariates import VENTRICULAR_VOLUME
 from generation.errors import EvaluationError
 from generation.evaluate.comparison import Arm
-from generation.evaluate.utility import _Trial, utility
+from generation.evaluate.utility import _StudyData, _Trial, utility
 from generation.train.settings import recipe, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,13 +61,24 @@ def by_name(found, arm, target, metric):
     return next(one for one in found if (one.arm, one.target, one.metric) == (arm, target, metric))
 
 
+@pytest.fixture(scope="module")
+def study(data, tmp_path_factory):
+    """A study with its arguments, what it found, its folder and the steps it told."""
+    given_ = {"settings": how("ventricular_volume", "sex"), "fractions": (0.1,)}
+    folder, steps = tmp_path_factory.mktemp("study"), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = utility(
+        **data, **given_, folder=folder,
+        told=lambda arm, seed, step: steps.append((arm, seed, step)),
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    return given_, found, folder, steps
+
+
 class TestStudy:
-    def test_good_synthetic_data_help_where_real_ones_are_few(self, data, tmp_path):
-        steps = []
-        found = utility(
-            **data, settings=how("ventricular_volume", "sex"), folder=tmp_path, fractions=(0.1,),
-            told=lambda arm, seed, step: steps.append((arm, seed, step)),
-        )  # fmt: skip
+    def test_good_synthetic_data_help_where_real_ones_are_few(self, data, study):
+        given_, found, folder, steps = study
         assert {score.arm for score in found.scores} == {
             "real-1", "synthetic", "real-0.1", "mixed-0.1"
         }  # fmt: skip
@@ -84,16 +96,18 @@ class TestStudy:
         assert few.estimate.high < 0
         assert str(few).endswith("synthetic data help")
         again = utility(
-            **data, settings=how("ventricular_volume", "sex"), folder=tmp_path, fractions=(0.1,),
-            told=lambda *told: pytest.fail("trained again"),
-        )  # fmt: skip
+            **data, **given_, folder=folder, told=lambda *told: pytest.fail("trained again")
+        )
         assert again == found
-        kept = json.loads((tmp_path / "mixed-0.1-seed-2.json").read_text())
+        kept = json.loads((folder / "mixed-0.1-seed-2.json").read_text())
         assert np.shape(kept["predicted"]) == np.shape(kept["asked"]) == (30, 2)
 
-    def test_shuffled_labels_hurt_and_it_is_said(self, data, tmp_path):
+    def test_shuffled_labels_hurt_and_it_is_said(self, data, study, tmp_path):
+        given_, _, folder, _ = study
+        for kept in folder.glob("real-1-seed-*.json"):  # these know nothing of synthetic volumes
+            shutil.copy(kept, tmp_path)
         spoilt = data | {"synthetic": Blobs(24, 3, shuffled=True)}
-        found = utility(**spoilt, settings=how("ventricular_volume"), folder=tmp_path, fractions=())
+        found = utility(**spoilt, **given_ | {"fractions": ()}, folder=tmp_path)
         worse = by_name(found.differences, "synthetic", "ventricular_volume", "mae")
         assert worse.verdict == "hurts"
         assert worse.estimate.low > 0
@@ -145,7 +159,8 @@ class TestStudy:
 
 def test_parts_of_the_real_volumes_are_nested_and_the_same_in_both_arms(data, tmp_path):
     def rows(arm, seed):
-        trial = _Trial(arm, how("age", seed=seed), tmp_path, *data.values(), "cpu", None)
+        how_ = how("age", seed=seed)
+        trial = _Trial(arm=arm, settings=how_, data=_StudyData(**data), folder=tmp_path)
         return trial._parts()[0][1]
 
     half, tenth = rows(Arm(0.5, False), 1), rows(Arm(0.1, True), 1)
