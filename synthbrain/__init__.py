@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from synthbrain.sampler import SynthBrainSampler
     from synthbrain.sources.folder import FolderSource
     from synthbrain.store import Store
+    from synthbrain.stream import SynthBrainStream
 
 __version__ = "0.1.0.dev0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "SynthBrainDataset",
     "SynthBrainError",
     "SynthBrainSampler",
+    "SynthBrainStream",
     "as_float",
     "draw_cohort",
     "from_hf",
@@ -43,6 +45,7 @@ _HOMES = {
     "SynthBrainDataset": "synthbrain.dataset",
     "SynthBrainError": "synthbrain.errors",
     "SynthBrainSampler": "synthbrain.sampler",
+    "SynthBrainStream": "synthbrain.stream",
     "as_float": "synthbrain.quantise",
     "draw_cohort": "synthbrain.cohort",
     "from_hf": "synthbrain.hf",

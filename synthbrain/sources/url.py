@@ -177,6 +177,7 @@ class HttpBytes:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     name: str = ""
     _tag: str | None = field(default=None, init=False, repr=False)
+    _size: int | None = field(default=None, init=False, repr=False)
     _sessions: dict[int, requests.Session] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -185,10 +186,13 @@ class HttpBytes:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sessions": {}}
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes of the file, as the server says."""
-        return self._get(Extent(0, 1))[1]
+        # No cached_property: in Python 3.11 its lock may be held by a thread while workers fork.
+        if self._size is None:
+            self._size = self._get(Extent(0, 1))[1]
+        return self._size
 
     @property
     def unit(self) -> int:
@@ -290,19 +294,23 @@ class RemoteBytes:
     """A file in an object store, read by ranges through :mod:`fsspec`."""
 
     url: str
+    _size: int | None = field(default=None, init=False, repr=False)
+    _places: dict[int, tuple[Any, str]] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url}
+        return {**self.__dict__, "_places": {}}
 
     @property
     def name(self) -> str:
         """Its address."""
         return self.url
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes of the file."""
-        return int(self._call(lambda fs, path: fs.info(path)["size"]))
+        if self._size is None:
+            self._size = int(self._call(lambda fs, path: fs.info(path)["size"]))
+        return self._size
 
     @property
     def unit(self) -> int:
@@ -350,12 +358,15 @@ class RemoteBytes:
             time.sleep(_PAUSE * 2**attempt)
         raise SourceError(f"cannot read {self.url}: {problem}")
 
-    @cached_property
+    @property
     def _place(self) -> tuple[Any, str]:
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.url)
+            # Connections must not be shared with a forked worker.
+            if os.getpid() not in self._places:
+                self._places[os.getpid()] = fsspec.core.url_to_fs(self.url)
+            return self._places[os.getpid()]
         except ImportError as error:
             raise SourceError(f"cannot read {self.url}: {error}") from None
 
