@@ -129,7 +129,7 @@ class LookAhead:
 
     def __init__(self, supply: Supply, rows: NDArray[np.int64], ahead: int) -> None:
         self._supply, self._rows, self._ahead = supply, rows, ahead
-        self._asked, self._seen = 0, 0
+        self._asked, self._seen, self._most = 0, 0, 1
         self._stopped = False
         self._changed = threading.Condition()
         self._taking = threading.Lock()
@@ -173,7 +173,9 @@ class LookAhead:
         """The next rows to have; none where the epoch ends."""
         taken: list[int] = []
         with self._taking:
-            while (room := self._supply.batch - len(taken)) > 0 and self._may_look(taken):
+            # Few at first: somebody waits for these.
+            most, self._most = min(self._most, self._supply.batch), 2 * self._most
+            while (room := most - len(taken)) > 0 and self._may_look(taken):
                 here = self._rows[self._seen : min(self._seen + _STRIDE, self._limit())]
                 wanted = np.flatnonzero(self._supply.missing(here))[:room]
                 taken += here[wanted].tolist()

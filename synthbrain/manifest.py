@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -17,10 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from generation.covariates import (
     AGE,
@@ -36,6 +36,7 @@ from synthbrain.home import home
 from synthbrain.rows import COLUMNS, digest_contents, digest_rows, read_rows, write_rows
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
 Range = tuple[float, float]
@@ -103,6 +104,8 @@ class Manifest:
 
             header = pinned(header, folder)
         if header.rows_digest is None:
+            import pandas as pd
+
             empty = pd.DataFrame(columns=list(COLUMNS), index=pd.Index([], name="id", dtype="str"))
             return cls(header, empty, np.zeros(0, np.uint32))
         path = folder / "rows.parquet"
@@ -129,7 +132,23 @@ class Manifest:
         return cls(filled, table, _own_positions(table))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.positions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the table packed: workers that only read volumes need neither it nor pandas."""
+        state = dict(self.__dict__)
+        table = state.pop("table", None)
+        return state if table is None else {**state, "_packed": pickle.dumps(table)}
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            packed = self.__dict__.get("_packed")
+            if name != "table" or packed is None:
+                raise AttributeError(f"a manifest has no {name!r}")
+            self.__dict__["table"] = pickle.loads(packed)
+            self.__dict__.pop("_packed", None)
+            return self.__dict__["table"]
 
     def __repr__(self) -> str:
         origin = f", selected from {self.header.parent.name}" if self.header.parent else ""
@@ -146,6 +165,12 @@ class Manifest:
         root = self.header.parent or self.header
         self.require_rows()
         return f"{root.name}-{(root.rows_digest or '')[:8]}"
+
+    def rows_of(self, ids: Iterable[str]) -> NDArray[np.intp]:
+        """Where each id is in the table, ``(n,)``; -1 for ids that are not."""
+        import pandas as pd
+
+        return self.table.index.get_indexer(pd.Index(list(ids), dtype="str"))
 
     def require_rows(self) -> None:
         """Raise unless the rows are known.
@@ -343,6 +368,8 @@ class Manifest:
                 f"where={where!r} is not a query over the rows ({error}); "
                 f"columns are {', '.join(table.columns)}"
             ) from None
+        import pandas as pd
+
         if not (isinstance(keep, pd.Series) and pd.api.types.is_bool_dtype(keep.dtype)):
             raise UsageError(f"where={where!r} must be a condition, such as 'age_years > 70'")
         return keep.to_numpy(dtype=bool, na_value=False)

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from generation.covariates import COVARIATES, NAMES, CovariateError, parse_sex
 from synthbrain.errors import ManifestError
 from synthbrain.rows import make_table, split_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
 _LIMIT = 2**28
@@ -49,6 +49,8 @@ def read_participants(
     ManifestError
         A column is missing or ambiguous, or a value is not one.
     """
+    import pandas as pd
+
     if len(data) > _LIMIT:
         raise ManifestError(f"{where} has {len(data):,} bytes: no table of covariates")
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from synthbrain.errors import ManifestError, SourceError
 from synthbrain.home import home
@@ -175,7 +174,7 @@ class Pull:
             )
 
     def _is_stored(self, id: str) -> bool:
-        index = self.manifest.table.index.get_indexer(pd.Index([id]))
+        index = self.manifest.rows_of([id])
         return bool(index[0] < 0 or self.resolver.stored(index.astype(np.int64))[0])
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from generation.generator import has_latents
 from synthbrain import claims
@@ -98,10 +97,12 @@ class Resolver:
     heal: bool = True
     representation: Representation = "image"
     _unwritable: bool = field(init=False, default=False, repr=False)
+    _is_published: NDArray[np.bool_] = field(init=False, repr=False)
     _failures: dict[str, int] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.manifest.require_rows()
+        self._is_published = (self.manifest.table["origin"] == PUBLISHED).to_numpy()
         if self.representation not in NOUNS:
             expected = ", ".join(map(repr, NOUNS))
             raise UsageError(f"representation must be {expected}; found {self.representation!r}")
@@ -145,10 +146,6 @@ class Resolver:
         if self.representation == "latent" or not has_latents(self.generator):
             return None
         return replace(self, sources=(), representation="latent")
-
-    @cached_property
-    def _is_published(self) -> NDArray[np.bool_]:
-        return (self.manifest.table["origin"] == PUBLISHED).to_numpy()
 
     def store_of(self, index: int) -> Store:
         """The store that keeps a row's volume."""
@@ -406,13 +403,14 @@ class Resolver:
 
     def _keep_extra(self, id: str, payload: Payload, source: Source) -> None:
         """Store a volume that came along, if it is one of the manifest's that is missing."""
-        index = int(self.manifest.table.index.get_indexer(pd.Index([id]))[0])
+        index = int(self.manifest.rows_of([id])[0])
         if index < 0 or self.maker_of(index) != source.made_by or self.stored(np.array([index]))[0]:
             return
         self._received(index, payload, source)
 
     def _check_hash(self, index: int, shard: bytes) -> None:
-        if self.manifest.sha256 is None or pd.isna(expected := self.manifest.sha256.iloc[index]):
+        expected = None if self.manifest.sha256 is None else self.manifest.sha256.iloc[index]
+        if not isinstance(expected, str):
             return
         found = hashlib.sha256(shard).hexdigest()
         if found != expected:

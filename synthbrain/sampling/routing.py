@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from generation.generator import has_latents
+from synthbrain.generators import load_generator
 from synthbrain.sampling.client import SharedGenerator
 from synthbrain.sampling.launch import tidy
 
@@ -48,8 +49,13 @@ class RoutedGenerator:
             name if ":" in name else here.name, device=local_device(os.environ), idle=IDLE_SECONDS
         )
         weakref.finalize(self, tidy, self.shared.spec.folder())
-        self._here: Any = here
+        self._name, self._here = name, here
+        self._seconds = here.seconds_per_volume
         self._shares = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model: workers have no use for it, and others load their own."""
+        return {**self.__dict__, "_here": None, "_seconds": self.seconds_per_volume}
 
     def __repr__(self) -> str:
         return f"<RoutedGenerator of {self.name!r}>"
@@ -57,7 +63,7 @@ class RoutedGenerator:
     @property
     def seconds_per_volume(self) -> float:
         """Rough cost on this machine."""
-        return self._here.seconds_per_volume
+        return self._seconds if self._here is None else self._here.seconds_per_volume
 
     def share(self) -> None:
         """Leave it all to the service from now on."""
@@ -78,10 +84,12 @@ class RoutedGenerator:
     def _current(self) -> Any:
         from torch.utils.data import get_worker_info
 
-        if not self._shares and get_worker_info() is None:
-            return self._here
-        self.shared.expect(self.digest)
-        return self.shared
+        if self._shares or get_worker_info() is not None:
+            self.shared.expect(self.digest)
+            return self.shared
+        if self._here is None:
+            self._here = load_generator(self._name)
+        return self._here
 
 
 def local_device(environ: os._Environ[str] | dict[str, str]) -> str | None:

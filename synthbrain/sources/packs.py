@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from synthbrain.errors import SourceError
 from synthbrain.sources.base import Cost
@@ -90,7 +89,7 @@ class PackVolumes:
             yield from self._fetch_block(block, slots, len(geometry.shape))
 
     def _rows(self, ids: Sequence[str]) -> NDArray[np.intp]:
-        return self._manifest.table.index.get_indexer(pd.Index(list(ids), dtype="str"))
+        return self._manifest.rows_of(ids)
 
     def _fetch_block(
         self, block: int, slots: dict[int, str], axes: int
