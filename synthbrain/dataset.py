@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from generation.covariates import COVARIATES, NAMES, SEXES
 from generation.generator import has_latents
 from synthbrain.ahead import Missing
+from synthbrain.epochs import Epoch
 from synthbrain.errors import GeneratorError, UsageError
 from synthbrain.generators import identity, load_generator
 from synthbrain.home import home
@@ -187,8 +188,7 @@ where, ids, limit, extrapolate
         self._covariates = _columns(self.manifest.table, units)
         # Not Python strings: counting references to them would copy every page a worker touches.
         self._ids = self.manifest.table.index.to_numpy(dtype=np.str_)
-        # Shared memory, so that set_epoch also reaches workers that are already running.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.epochs = Epoch()
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -211,10 +211,6 @@ where, ids, limit, extrapolate
         checked = [self._checked(index) for index in indices]
         images = self._images(checked)
         return [self._sample(i, image) for i, image in zip(checked, images, strict=True)]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()  # a pickled copy has workers of its own
 
     def __repr__(self) -> str:
         made_by = self.resolver.made_by
@@ -301,14 +297,24 @@ where, ids, limit, extrapolate
         # Autograd refuses what was made in inference mode, also as the input of a network.
         return volumes.clone() if volumes.is_inference() else volumes
 
-    @property
-    def epoch(self) -> int:
-        """The epoch patch positions are drawn for."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch patch positions are drawn for; reaches running workers."""
-        self._epoch.fill_(epoch)
+        """Choose the epoch patch positions are drawn for; reaches running workers.
+
+        A :class:`synthbrain.SynthBrainSampler` that shuffles draws this epoch next, and sets the
+        dataset's to its own when it begins one: order and patches are of the same epoch.
+        """
+        self.epochs.choose(epoch)
+
+    def sampler(self, **options: Any) -> SynthBrainSampler:
+        """An order of the rows, split over ranks and exact to resume.
+
+        Parameters
+        ----------
+        options
+            Of :class:`synthbrain.SynthBrainSampler`: ``shuffle``, ``rank``, ``world_size``,
+            ``drop_last``, ``ahead``, and ``seed``, the dataset's by default.
+        """
+        return SynthBrainSampler(self, **{"seed": self.seed} | options)
 
     def supply(self) -> Supply | None:
         """How :class:`SynthBrainSampler` has missing rows before they are asked for.
@@ -333,17 +339,17 @@ where, ids, limit, extrapolate
             Move images, or latents, there before casting.
         options
             Passed to :class:`torch.utils.data.DataLoader`. Without a ``sampler`` or
-            ``batch_sampler`` rows come from a :class:`synthbrain.SynthBrainSampler` of this
-            dataset's seed and epoch: with ``shuffle`` in an order that only they decide, split over
-            the ranks of :mod:`torch.distributed`, missing ones made ahead.
+            ``batch_sampler`` it gets :meth:`sampler`: rows split over the ranks of
+            :mod:`torch.distributed`, missing ones made ahead, with ``shuffle`` in an order that
+            seed and epoch decide.
 
         Returns
         -------
         DataLoader
             Batches have what those of a plain DataLoader have, and a quarter of the bytes crosses
             from the workers, or half where float16 is stored. With a ``transform``, which needs
-            floats, nothing is gained and nothing is changed. Each time it is iterated to its end
-            the epoch goes up by one, for order and patches; :meth:`set_epoch` chooses another.
+            floats, nothing is gained and nothing is changed. With ``shuffle`` the epoch goes up
+            by one each time it is iterated to its end; :meth:`set_epoch` chooses another.
         """
         if self.transform is not None or self.meta_tensor or self.dtype != "float32":
             return _ConvertingLoader(self, operator.methodcaller("to", device), **options)
@@ -373,7 +379,7 @@ where, ids, limit, extrapolate
     def _patch_start(self, index: int) -> Array:
         assert self.patch_size is not None
         row = int(self.manifest.positions[index])
-        key = np.array([self.seed, int(self._epoch) << 32 | row], np.uint64)  # a list is rounded
+        key = np.array([self.seed, int(self.epochs) << 32 | row], np.uint64)  # a list is rounded
         draw = np.random.Philox(key=key)
         room = np.subtract(self.manifest.header.geometry.shape, self.patch_size) + 1
         return (np.random.Generator(draw).random(3) * room).astype(np.int64)
@@ -408,10 +414,7 @@ where, ids, limit, extrapolate
 
 
 class _ConvertingLoader(DataLoader[Any]):
-    """Converts ``image`` or ``latent`` of every batch after it has crossed from the workers.
-
-    Without a sampler of the user's it has its own, whose epochs are the dataset's.
-    """
+    """Converts ``image`` or ``latent`` of every batch after it has crossed from the workers."""
 
     def __init__(
         self,
@@ -419,32 +422,17 @@ class _ConvertingLoader(DataLoader[Any]):
         convert: Callable[[torch.Tensor], torch.Tensor],
         **options: Any,
     ) -> None:
-        self._order = None
         if not {"sampler", "batch_sampler"} & options.keys():
-            shuffle = bool(options.pop("shuffle", False))
-            self._order = SynthBrainSampler(dataset, seed=dataset.seed, shuffle=shuffle)
-            options["sampler"] = self._order
+            options["sampler"] = dataset.sampler(shuffle=bool(options.pop("shuffle", False)))
         super().__init__(dataset, **options)
-        self._dataset, self._convert, self._key = dataset, convert, dataset.representation
-        self._epoch = 0
+        self._convert, self._key = convert, dataset.representation
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._begin_epoch()
         for batch in super().__iter__():
             if isinstance(batch, Mapping) and torch.is_tensor(batch.get(self._key)):
                 yield {**batch, self._key: self._convert(batch[self._key])}
             else:
                 yield batch
-
-    def _begin_epoch(self) -> None:
-        """Go on to the epoch that follows, or to the one that was set meanwhile."""
-        if self._order is None:
-            return
-        if self._dataset.epoch == self._epoch:
-            self._dataset.set_epoch(self._order.epoch)
-        else:
-            self._order.set_epoch(self._dataset.epoch)
-        self._epoch = self._order.epoch
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

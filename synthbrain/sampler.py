@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from synthbrain.ahead import HasSupply, LookAhead
+from synthbrain.epochs import Epoch
 from synthbrain.errors import UsageError
 from synthbrain.manifest import Manifest
 
@@ -65,19 +66,17 @@ class SynthBrainSampler(Sampler[int]):
     UsageError
         An argument makes no sense, or ranks would get no rows.
 
-    See Also
-    --------
-    SynthBrainDataset.set_epoch : draws the patches of an epoch, which this sampler knows nothing of
-
     Notes
     -----
+    A sampler that shuffles sets the epoch of its dataset, which patches are drawn for, when it
+    begins one; :meth:`set_epoch` of either chooses it for both.
+
     From the position it starts at, rank ``r`` of ``w`` takes every ``w``-th row of the order,
     beginning with the ``r``-th. All ranks get as many.
 
     A loader draws batches ahead of the loop that trains on them. Tell :meth:`state_dict` how many
     samples that loop has had, or use torchdata's ``StatefulDataLoader``, which keeps count itself
-    and calls :meth:`state_dict` and :meth:`load_state_dict`. It wants as many workers again, and
-    restores the sampler only when it is next iterated: keep the epoch's number beside its state.
+    and calls :meth:`state_dict` and :meth:`load_state_dict`. It wants as many workers again.
 
     One sampler serves one loader at a time.
 
@@ -90,8 +89,7 @@ class SynthBrainSampler(Sampler[int]):
         if checkpoint is not None:
             sampler.load_state_dict(checkpoint)
         for epoch in range(sampler.epoch, 100):
-            sampler.set_epoch(epoch)  # the order of rows
-            ds.set_epoch(epoch)  # the position of patches
+            sampler.set_epoch(epoch)
             for step, batch in enumerate(loader, start=1):
                 ...
                 checkpoint = sampler.state_dict(consumed=8 * step)
@@ -123,6 +121,7 @@ class SynthBrainSampler(Sampler[int]):
             )
         self._supply = dataset.supply() if isinstance(dataset, HasSupply) else None
         self._ahead = _whole("ahead", ahead)
+        self._epochs = _epochs_of(dataset) if shuffle else None
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.rows_digest = rows_digest or _digest_of(dataset)
@@ -169,8 +168,9 @@ class SynthBrainSampler(Sampler[int]):
         UsageError
             Not a whole number, or a negative one.
         """
-        epoch = _whole("epoch", epoch, below=2**63)
-        self._begin(epoch, self._start if epoch == self._epoch else 0)
+        self._choose(_whole("epoch", epoch, below=2**63))
+        if self._epochs is not None:
+            self._epochs.taken()  # before this, and no longer meant
 
     def upcoming(self, position: int, count: int) -> NDArray[np.int64]:
         """Rows this rank is asked for next in this epoch, from some position on.
@@ -198,7 +198,7 @@ class SynthBrainSampler(Sampler[int]):
         position = _whole("position", position)
         count = min(_whole("count", count), self._left(position))
         places = (position + self._rank + self._world_size * np.arange(count)) % self._size
-        return epoch_order(self._size, self._seed, self._epoch)[places] if self.shuffle else places
+        return self._order()[places] if self.shuffle else places
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """Where in the order training is; the same on every rank that has had as many samples.
@@ -266,10 +266,19 @@ class SynthBrainSampler(Sampler[int]):
         epoch = _whole("epoch of a state", state["epoch"], below=2**63)
         position = _whole("position of a state", state["position"], below=self._size)
         self._seed = seed
+        if self._epochs is not None:
+            self._epochs.taken()
         if self._left(position):
             self._begin(epoch, position)
         else:  # fewer rows than there are ranks now, with drop_last
             self._begin(epoch + 1, 0)
+
+    def _order(self) -> NDArray[np.int64]:
+        """The rows of this epoch, of all ranks."""
+        return epoch_order(self._size, self._seed, self._epoch)
+
+    def _choose(self, epoch: int) -> None:
+        self._begin(epoch, self._start if epoch == self._epoch else 0)
 
     def _begin(self, epoch: int, position: int) -> None:
         """Be about to draw from a position."""
@@ -279,6 +288,10 @@ class SynthBrainSampler(Sampler[int]):
 
     def _draw(self) -> Iterator[int]:
         # Only now: loaders make iterators that they throw away, and those must not use it up.
+        if self._epochs is not None:
+            if (chosen := self._epochs.taken()) is not None:
+                self._choose(chosen)
+            self._epochs.begin(self._epoch)
         self._begin(self._epoch, self._start)
         self._start = 0
         rows = self.upcoming(self._position, self._size)
@@ -359,6 +372,11 @@ def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
 def _digest_of(dataset: object) -> str:
     manifest = getattr(dataset, "manifest", None)
     return manifest.header.rows_digest or "" if isinstance(manifest, Manifest) else ""
+
+
+def _epochs_of(dataset: object) -> Epoch | None:
+    epochs = getattr(dataset, "epochs", None)
+    return epochs if isinstance(epochs, Epoch) else None
 
 
 def _short(digest: str) -> str:

@@ -11,6 +11,7 @@ from synthbrain import Manifest, SynthBrainDataset, as_float
 from synthbrain.errors import DamagedShardError, GeneratorError, MissingVolumeError, UsageError
 from synthbrain.header import Geometry
 from synthbrain.quantise import intensities
+from synthbrain.sampler import epoch_order
 from synthbrain.testing import TINY, TinyGenerator, tiny_manifest
 
 STARTS = ("fork", "spawn", "forkserver")
@@ -457,6 +458,56 @@ def test_set_epoch_reaches_running_workers(dataset, copied):
         places.append(torch.cat([batch["patch_start"] for batch in loader]))
     assert not torch.equal(places[0], places[1])
     assert torch.equal(places[0], places[2])
+
+
+def order_and_patches(loader):
+    found = batches(loader)
+    return [id for batch in found for id in batch["id"]], torch.cat(
+        [batch["patch_start"] for batch in found]
+    )
+
+
+def test_a_loader_that_shuffles_goes_from_epoch_to_epoch(dataset, manifest):
+    ds = dataset(patch_size=4, seed=8)
+    loader = ds.loader(batch_size=5, shuffle=True)
+    epochs = [order_and_patches(loader) for _ in range(3)]
+    for epoch, (ids, starts) in enumerate(epochs):
+        rows = epoch_order(12, seed=8, epoch=epoch)
+        assert ids == manifest.table.index[rows].tolist()
+        ds.set_epoch(epoch)
+        expected = torch.stack([torch.as_tensor(ds[int(row)]["patch_start"]) for row in rows])
+        assert torch.equal(starts, expected)
+    for _ in range(2):
+        ds.set_epoch(1)
+        ids, starts = order_and_patches(loader)
+        assert ids == epochs[1][0]
+        assert torch.equal(starts, epochs[1][1])
+    assert order_and_patches(loader)[0] == epochs[2][0]
+
+
+def test_without_shuffling_rows_and_patches_stay_as_they_are(dataset, manifest):
+    ds = dataset(patch_size=4)
+    ds.set_epoch(3)
+    loader = ds.loader(batch_size=5)
+    (ids, starts), again = order_and_patches(loader), order_and_patches(loader)
+    assert ids == again[0] == manifest.table.index.tolist()
+    assert torch.equal(starts, again[1])
+
+
+def test_the_later_word_on_the_epoch_counts(dataset):
+    ds = dataset(patch_size=4)
+    sampler = ds.sampler()
+    ds.set_epoch(5)
+    sampler.set_epoch(2)
+    assert list(sampler) == epoch_order(12, 0, 2).tolist()
+    assert int(ds.epochs) == 2
+    ds.set_epoch(7)
+    sampler.load_state_dict(ds.sampler().state_dict(consumed=4) | {"epoch": 4})
+    assert list(sampler) == epoch_order(12, 0, 4)[4:].tolist()
+    assert int(ds.epochs) == 4
+    sampler.load_state_dict(ds.sampler().state_dict(consumed=4) | {"epoch": 4})
+    ds.set_epoch(4)  # the same epoch: where in it the state was still holds
+    assert list(sampler) == epoch_order(12, 0, 4)[4:].tolist()
 
 
 def test_a_pickled_dataset_is_the_same(dataset):

@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from generation.generator import has_latents
-from synthbrain.generators import load_generator
+from synthbrain.generators import GENERATORS, load_generator
 from synthbrain.sampling.client import SharedGenerator
 from synthbrain.sampling.launch import tidy
 
@@ -45,9 +45,10 @@ class RoutedGenerator:
         self.provenance: dict[str, str] = dict(getattr(here, "provenance", {}))
         self.affine = getattr(here, "affine", None)
         self.latent_shape = here.latent_shape if has_latents(here) else None
-        self.shared = SharedGenerator(
-            name if ":" in name else here.name, device=local_device(os.environ), idle=IDLE_SECONDS
-        )
+        named = name if ":" in name else here.name
+        chooses = ":" not in named and named not in GENERATORS  # only weights take a device
+        device = local_device(os.environ) if chooses else None
+        self.shared = SharedGenerator(named, device=device, idle=IDLE_SECONDS)
         weakref.finalize(self, tidy, self.shared.spec.folder())
         self._name, self._here = name, here
         self._seconds = here.seconds_per_volume

@@ -125,8 +125,6 @@ class SynthBrainStream(SynthBrainDataset):
             cache=Cache(folder / whole.store_key, limit, recovery=Recoverable(whole, opened, made)),
         )
 
-        self._chosen: int | None = None
-
     def __repr__(self) -> str:
         return f"<SynthBrainStream of {self.manifest.name}: {len(self):,} rows>"
 
@@ -134,20 +132,6 @@ class SynthBrainStream(SynthBrainDataset):
     def ahead(self) -> int:
         """How many rows of a rank are fetched before they are asked for."""
         return min(_AHEAD, self.resolver.capacity // 16)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, of patches at once and of the order when it is next begun."""
-        super().set_epoch(epoch)
-        self._chosen = epoch
-
-    def chosen_epoch(self) -> int | None:
-        """The epoch that :meth:`set_epoch` chose, for whoever asks first."""
-        chosen, self._chosen = self._chosen, None
-        return chosen
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Note which epoch a sampler begins, so that patches follow; reaches running workers."""
-        super().set_epoch(epoch)
 
     def sampler(self, **options: Any) -> StreamSampler:
         """The stream's order, split over ranks and exact to resume.
@@ -171,11 +155,10 @@ class SynthBrainStream(SynthBrainDataset):
             Move images there before casting.
         options
             Passed to :class:`torch.utils.data.DataLoader`. Without a ``sampler`` or
-            ``batch_sampler`` it gets :meth:`sampler`; ``shuffle`` is True by default. Each time it
-            is iterated to its end the epoch goes up by one; :meth:`set_epoch` chooses another.
+            ``batch_sampler`` it gets :meth:`sampler`; ``shuffle`` is True by default.
         """
         if not {"sampler", "batch_sampler"} & options.keys():
-            options["sampler"] = self.sampler(shuffle=bool(options.pop("shuffle", True)))
+            options.setdefault("shuffle", True)
         return super().loader(device=device, **options)
 
     def fill(self, *, progress: bool = True) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +23,7 @@ class StreamSampler(SynthBrainSampler):
     Parameters
     ----------
     stream
-        The stream to sample from, whose window this takes. Order and patches are always of the
-        same epoch: :meth:`set_epoch` of either chooses it for both.
+        The stream to sample from, whose window this takes.
     options
         As of :class:`synthbrain.SynthBrainSampler`: ``shuffle``, ``rank``, ``world_size``,
         ``drop_last``; ``seed`` is the stream's by default, and ``ahead`` what its cache allows.
@@ -47,14 +45,8 @@ class StreamSampler(SynthBrainSampler):
         self._runs = runs_of(stream.manifest.positions)
         super().__init__(stream, **{"seed": stream.seed, "ahead": stream.ahead} | options)
 
-    def upcoming(self, position: int, count: int) -> NDArray[np.int64]:
-        """Rows this rank is asked for next, as :meth:`SynthBrainSampler.upcoming`."""
-        rows = super().upcoming(position, count)
-        if not self.shuffle:
-            return rows
-        first = operator.index(position) + self._rank
-        places = (first + self._world_size * np.arange(len(rows))) % self._size
-        return stream_order(self._runs, self._seed, self._epoch, self._stream.window)[places]
+    def _order(self) -> NDArray[np.int64]:
+        return stream_order(self._runs, self._seed, self._epoch, self._stream.window)
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """Where in the order training is, as :meth:`SynthBrainSampler.state_dict`."""
@@ -76,9 +68,3 @@ class StreamSampler(SynthBrainSampler):
                 f"{self._stream.window}; open the stream with the window the state was saved with"
             )
         super().load_state_dict(state)
-
-    def _draw(self) -> Iterator[int]:
-        if (chosen := self._stream.chosen_epoch()) is not None:
-            self.set_epoch(chosen)
-        self._stream.begin_epoch(self._epoch)
-        yield from super()._draw()

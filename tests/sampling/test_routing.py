@@ -94,3 +94,12 @@ def test_latents_reach_workers_through_the_service(rows, tmp_path):
 def test_ranks_with_devices_of_their_own_use_them(monkeypatch, rank, devices, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     assert local_device({} if rank is None else {"LOCAL_RANK": rank}) == expected
+
+
+def test_a_rank_s_device_is_for_generators_with_weights(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert RoutedGenerator(NOISE, Noise()).shared.spec.device is None
+    weights = Noise()
+    weights.name = "mine"
+    assert RoutedGenerator("mine", weights).shared.spec.device == "cuda:1"
