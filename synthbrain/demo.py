@@ -160,7 +160,9 @@ def _epoch(dataset: SynthBrainDataset, what: str, *, show: bool) -> tuple[float,
     """One pass over the DataLoader: seconds, and the volumes, ``(x, y, z)`` each."""
 
     def volumes() -> Iterator[Any]:
-        for batch in dataset.loader(batch_size=_BATCH):
+        # Nothing is made ahead: this process is soon done.
+        order = dataset.sampler(shuffle=False, ahead=0)
+        for batch in dataset.loader(batch_size=_BATCH, sampler=order):
             yield from batch["image"][:, 0].numpy()
 
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Any history of writes, damage and leftovers, against a model that is two dictionaries."""
 
 import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -124,9 +125,9 @@ class StoreHistory(RuleBasedStateMachine):
         shard = self.store.layout.encode(values(0))
         leftover = folder / f".{self.store.path(position).name}.host.{DEAD_PID}.00.partial"
         leftover.write_bytes(shard[: int(where * len(shard))])
-        claims._path(self.store.path(position)).write_text(
-            json.dumps({"host": "elsewhere", "pid": DEAD_PID})
-        )
+        claim = claims._path(self.store.path(position))
+        claim.write_text(json.dumps({"host": "elsewhere", "pid": DEAD_PID}))
+        os.utime(claim, (0, 0))
 
     @rule(position=POSITIONS)
     def claim(self, position):
@@ -141,6 +142,7 @@ class StoreHistory(RuleBasedStateMachine):
     def sweep_all(self):
         self.store.sweep(older_than=-1)
         assert not list(self.store.root.glob("block-*/.*.partial"))
+        claims.sweep(self.store.root)
         assert not list(self.store.root.glob("block-*/*.claim"))
 
     @rule()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,16 @@ class RoutedGenerator:
         self._name, self._here = name, here
         self._seconds = here.seconds_per_volume
         self._shares = False
+        self._settling = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model: workers have no use for it, and others load their own."""
-        return {**self.__dict__, "_here": None, "_seconds": self.seconds_per_volume}
+        state = {**self.__dict__, "_here": None, "_seconds": self.seconds_per_volume}
+        del state["_settling"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _settling=threading.Lock())
 
     def __repr__(self) -> str:
         return f"<RoutedGenerator of {self.name!r}>"
@@ -67,8 +74,16 @@ class RoutedGenerator:
         return self._seconds if self._here is None else self._here.seconds_per_volume
 
     def share(self) -> None:
-        """Leave it all to the service from now on."""
-        self._shares = True
+        """Leave it all to the service from now on.
+
+        Raises
+        ------
+        GeneratorError
+            There is none, and none can be started; all stays as it is.
+        """
+        with self._settling:
+            self.shared.expect(self.digest)
+            self._shares = True
 
     def sample(self, rows: pd.DataFrame) -> torch.Tensor:
         """As :meth:`generation.generator.Generator.sample`."""
@@ -85,9 +100,12 @@ class RoutedGenerator:
     def _current(self) -> Any:
         from torch.utils.data import get_worker_info
 
-        if self._shares or get_worker_info() is not None:
+        if get_worker_info() is not None:
             self.shared.expect(self.digest)
             return self.shared
+        with self._settling:  # who waits here needs no model of its own
+            if self._shares:
+                return self.shared
         if self._here is None:
             self._here = load_generator(self._name)
         return self._here

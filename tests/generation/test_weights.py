@@ -142,9 +142,10 @@ class TestAdd:
         whole, half = (weights.add(n, files, folder, preset=LDM, half=n == "b") for n in "ab")
         sizes = [(w.folder / w.files["unet"]).stat().st_size for w in (whole, half)]
         assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
+        expected = new_state(old, "unet")
         for name, value in half.network("unet").state_dict().items():
             assert value.dtype == torch.float32
-            assert torch.equal(value, new_state(old, "unet")[name].half().float())
+            assert torch.equal(value, expected[name].half().float())
 
     def test_pixel_systems_need_one_file(self, tmp_path, folder):
         unet = random_network(MEDFORJ, "unet")

@@ -70,9 +70,18 @@ def test_a_service_with_other_weights_is_refused(rows):
     other = Noise()
     other.digest = "ffeeddccbbaa"
     routed = RoutedGenerator(NOISE, other)
-    routed.share()
     with pytest.raises(GeneratorError, match="holds noise-00112233, expected ffeeddcc"):
-        routed.sample(rows)
+        routed.share()
+    assert torch.equal(routed.sample(rows), Noise().sample(rows))
+
+
+def test_where_there_can_be_no_service_it_goes_on_here(rows, home, tmp_path, caplog):
+    home.parent.joinpath("home").write_text("a file, where services would lie")
+    ds = SynthBrainDataset(tiny_manifest(6), generator=NOISE, store=tmp_path / "store")
+    seen = [id for batch in ds.loader(batch_size=2) for id in batch["id"]]
+    assert seen == rows.index.tolist()
+    assert not ds.missing()
+    assert any("no longer made ahead" in record.getMessage() for record in caplog.records)
 
 
 def test_latents_reach_workers_through_the_service(rows, tmp_path):
