@@ -7,6 +7,7 @@ last checkpoints; running it again goes on, bit for bit on a CPU, at any number 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -391,7 +392,9 @@ class Run:
             )
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            scratch = path.with_suffix(f".{os.getpid()}.partial")  # other ranks are just reading it
+            scratch.write_text(text)
+            scratch.replace(path)
 
     def _resume(self) -> None:
         there = checkpoints.steps(self.folder)
