@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from synthbrain.store import publish
 
 STALE_SECONDS = 120.0
@@ -106,10 +108,10 @@ def _path(shard: Path) -> Path:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a local process may still be at work: one that its parent has not buried is not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except OSError:
-        pass
-    return True
+    except psutil.Error:
+        return True

@@ -166,6 +166,14 @@ def test_on_a_full_disk_work_goes_on(small_disk):
     claims.release(shard)
 
 
+def test_a_dead_process_that_nobody_buried_holds_nothing(shard):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    claim_of(shard, owned(socket.gethostname(), process.pid))
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert claims.is_stale(shard)
+    process.wait()
+
+
 def test_claims_of_nobody_are_swept_and_others_stay(tmp_path, dead):
     held, left, old = (tmp_path / f"block-0000/c.{n}.0.0.0" for n in range(3))
     assert claims.claim(held)
