@@ -110,8 +110,9 @@ def _path(shard: Path) -> Path:
 def _alive(pid: int) -> bool:
     """Whether a local process may still be at work: one that its parent has not buried is not."""
     try:
+        os.kill(pid, 0)  # refuses numbers that are no process's
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (ProcessLookupError, psutil.NoSuchProcess):
         return False
-    except psutil.Error:
+    except (OSError, psutil.Error):
         return True
