@@ -21,9 +21,12 @@ from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.progress import track
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
+    from generation.evaluate.diversity import Volumes
     from generation.evaluate.features import FeatureNetwork
 
 PUBLISHED = {
@@ -59,11 +62,14 @@ class FeatureSpace:
 
     def of(self, volumes: VolumeSet) -> NDArray[np.float32]:
         """Features ``(n, size)`` of volumes; those that are not there yet are computed."""
-        done = extract(volumes, volumes.keys, self.network, self.folder, device=self.device)
-        what = f"features of {volumes.name}"
+        return self.of_named(volumes, volumes.keys, f"features of {volumes.name}")
+
+    def of_named(self, volumes: Volumes, names: Sequence[str], what: str) -> NDArray[np.float32]:
+        """As :meth:`of`, of volumes for which names stand: see :func:`extract`."""
+        done = extract(volumes, names, self.network, self.folder, device=self.device)
         for _ in track(done, total=len(volumes), what=what, show=self.progress):
             pass
-        return self.kept(volumes)
+        return read(names, self.network, self.folder)
 
     def kept(self, volumes: VolumeSet) -> NDArray[np.float32]:
         """As :meth:`of`, of volumes whose features are there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from generation.evaluate.diversity import Volumes
     from generation.evaluate.vectors import Features, Match
+    from synthbrain.evaluation.fidelity import FeatureSpace
 
 _PLANTED = 20
 _PICTURED = 8
@@ -34,6 +35,7 @@ def memorisation(
     held_out: VolumeSet,
     *,
     spaces: Mapping[str, Features] | None = None,
+    kept: FeatureSpace | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -47,6 +49,8 @@ def memorisation(
         What it learned from, and others from the same place that it never saw.
     spaces
         By name, what makes a vector of a volume; coarse voxels are always looked at.
+    kept
+        A network whose features are kept, those of copies made on purpose too; one space more.
     seed
         Of all draws.
     progress
@@ -62,18 +66,22 @@ def memorisation(
     count = min(_PLANTED, len(training))
     origins = sorted(draw.choice(len(training), count, replace=False).tolist())
     audits, worst, duplicates = [], [], {}
-    for name, features in {"voxels": coarse_voxels(4), **(spaces or {})}.items():
-        space = _Space(name, features, progress)
-        known = space.vectors(training, f"{training.name} (training)")
-        made = space.vectors(synthetic, f"{synthetic.name} (synthetic)")
-        others = space.vectors(held_out, f"{held_out.name} (held out)")
-        planted = {
-            str(dose): (
-                space.vectors(Planted(training, origins, dose, seed=seed), f"copies: {dose}"),
-                origins,
-            )
-            for dose in DOSES
-        }
+    looked_at: list[_Space] = [
+        _Computed(name, progress, features)
+        for name, features in {"voxels": coarse_voxels(4), **(spaces or {})}.items()
+    ]
+    if kept is not None:
+        looked_at.append(_Kept(kept.network.name, kept))
+    for space in looked_at:
+        name = space.name
+        known = space.vectors(training, training.keys, f"{training.name} (training)")
+        made = space.vectors(synthetic, synthetic.keys, f"{synthetic.name} (synthetic)")
+        others = space.vectors(held_out, held_out.keys, f"{held_out.name} (held out)")
+        planted = {}
+        for dose in DOSES:
+            copies = Planted(training, origins, dose, seed=seed)
+            names = [f"{training.keys[origin]}, {dose}, seed {seed}" for origin in origins]
+            planted[str(dose)] = space.vectors(copies, names, f"copies: {dose}"), origins
         found = audit(known, made, others, space=name, planted=planted, seed=seed)
         audits.append(found)
         worst += [(name, match) for match in found.worst[:_PICTURED]]
@@ -91,16 +99,39 @@ def memorisation(
     }
 
 
+class _Space(Protocol):
+    """What makes vectors of volumes, for which names stand."""
+
+    @property
+    def name(self) -> str: ...
+
+    def vectors(self, volumes: Volumes, names: Sequence[str], what: str) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
-class _Space:
-    """What makes a vector of a volume."""
+class _Computed:
+    """Vectors that are computed each time."""
 
     name: str
-    features: Features
     progress: bool
+    features: Features
 
-    def vectors(self, volumes: Volumes, what: str) -> torch.Tensor:
+    def vectors(self, volumes: Volumes, names: Sequence[str], what: str) -> torch.Tensor:
         return vectors(_Shown(volumes, f"{self.name} of {what}", self.progress), self.features)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Features of a network, each computed once."""
+
+    name: str
+    space: FeatureSpace
+
+    def vectors(self, volumes: Volumes, names: Sequence[str], what: str) -> torch.Tensor:
+        import torch
+
+        found = self.space.of_named(volumes, names, f"{self.name} of {what}")
+        return torch.from_numpy(np.ascontiguousarray(found))
 
 
 class _Shown:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from generation.evaluate.segmentations import Measurer
     from generation.evaluate.vectors import Features
     from generation.train.settings import RegressionSettings
+    from synthbrain.evaluation.fidelity import FeatureSpace
 
 PARTS = ("fidelity", "diversity", "conditioning", "memorisation", "utility")
 """What an evaluation consists of, in this order."""
@@ -259,15 +260,22 @@ class Evaluation:
         return measure[part](progress)
 
     def _fidelity(self, progress: bool) -> dict[str, Any]:
-        from synthbrain.evaluation.fidelity import FeatureSpace, fidelity
+        from synthbrain.evaluation.fidelity import fidelity
 
         assert self.real is not None
-        assert self.network is not None
-        space = FeatureSpace(
-            network=self.network, folder=self.folder / "features", device=self.device,
-            progress=progress,
-        )  # fmt: skip
+        space = self._features(progress)
+        assert space is not None
         return fidelity(self.synthetic, self.real, space, seed=self.seed)
+
+    def _features(self, progress: bool) -> FeatureSpace | None:
+        from synthbrain.evaluation.fidelity import FeatureSpace
+
+        if self.network is None:
+            return None
+        folder = self.folder / "features"
+        return FeatureSpace(
+            network=self.network, folder=folder, device=self.device, progress=progress
+        )
 
     def _diversity(self, progress: bool) -> dict[str, Any]:
         from synthbrain.evaluation.diversity import MEASURES, diversity
@@ -293,12 +301,9 @@ class Evaluation:
         from synthbrain.evaluation.memorisation import memorisation
 
         assert self.training is not None
-        spaces = dict(self.spaces)
-        if self.network is not None:
-            spaces[self.network.name] = self.network.features
         return memorisation(
-            self.synthetic, self.members, self.training.without(_MEMBERS), spaces=spaces,
-            seed=self.seed, progress=progress,
+            self.synthetic, self.members, self.training.without(_MEMBERS), spaces=self.spaces,
+            kept=self._features(progress), seed=self.seed, progress=progress,
         )  # fmt: skip
 
     def _utility(self, progress: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from readable import SHAPE, Means, Readable, Reader
 
 from generation.evaluate.multiscale import Window
+from generation.evaluate.planted import DOSES
 from generation.evaluate.ssim import Ssim
 from synthbrain import SynthBrainDataset
 from synthbrain.errors import UsageError
@@ -192,6 +193,23 @@ def test_copies_of_training_volumes_are_found(volumes, tmp_path):
     worst = results["memorisation"]["worst"][0]
     assert worst["similarity"] == pytest.approx(1)
     assert worst["synthetic"] == worst["training"]
+
+
+def test_features_of_volumes_and_of_planted_copies_are_computed_once(volumes, tmp_path):
+    real, network = volumes(40, seed=1, name="real"), Means()
+    computed = []
+    features = network.features
+    network.features = lambda batch: computed.append(len(batch)) or features(batch)
+    job = Evaluation(
+        synthetic=volumes(12), real=real, training=real, network=network, folder=tmp_path / "out",
+        parts=("fidelity", "memorisation"),
+    )  # fmt: skip
+    first = job.run(progress=False)
+    assert sum(computed) == 12 + 40 + 20 * len(DOSES)
+    again = job.run(progress=False)
+    assert sum(computed) == 12 + 40 + 20 * len(DOSES)
+    assert again["memorisation"] == first["memorisation"]
+    assert [space["space"] for space in again["memorisation"]["spaces"]] == ["voxels", network.name]
 
 
 def test_a_worse_generator_is_farther_from_real_volumes(volumes, tmp_path):
