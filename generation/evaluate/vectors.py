@@ -91,7 +91,8 @@ def vectors(volumes: Volumes, features: Features, *, batch: int = 1) -> Tensor:
     EvaluationError
         There are no volumes, or the features do not give one vector for each.
     """
-    found = []
+    # One array for all: small ones between volumes that come and go would hold their room.
+    found: Tensor | None = None
     for start in range(0, len(volumes), batch):
         part = torch.stack([volumes[i] for i in range(start, min(start + batch, len(volumes)))])
         with torch.no_grad():
@@ -101,10 +102,13 @@ def vectors(volumes: Volumes, features: Features, *, batch: int = 1) -> Tensor:
                 f"the features of {len(part)} volumes have shape {tuple(values.shape)}; "
                 "expected one row for each volume"
             )
-        found.append(values.detach().flatten(1).float().cpu())
-    if not found:
+        values = values.detach().flatten(1).float().cpu()
+        if found is None:
+            found = torch.empty((len(volumes), values.shape[1]))
+        found[start : start + len(values)] = values
+    if found is None:
         raise EvaluationError("found no volumes to make vectors of; expected one or more")
-    return torch.cat(found)
+    return found
 
 
 def coarse_voxels(reduction: int = 4) -> Features:
