@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from generation.covariates import NAMES
-from synthbrain.errors import GeneratorError
+from synthbrain.errors import GeneratorError, SynthBrainError
 from synthbrain.quantise import Array
 from synthbrain.sampling.protocol import Facts, Row
 from synthbrain.sampling.spec import Spec
@@ -95,7 +95,8 @@ class Maker:
             self.batch = self.batch or generator.batch_size
             self.facts = Facts.of(generator, self.batch)
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, SynthBrainError):  # those say all there is to say
+                traceback.print_exc()
             self.failure = error
             return
         finally:
