@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from generation.errors import EvaluationError
-from generation.evaluate.features import FeatureNetwork
+from generation.evaluate.networks import FeatureNetwork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from generation.checkpoints import read_state
-from generation.evaluate.features import built, digest_of, fill_randomly, load_strictly
+from generation.evaluate.networks import built, digest_of, fill_randomly, load_strictly
 
 _BLOCKS = (3, 4, 6, 3)
 _STRIDES = (1, 2, 1, 1)
@@ -115,7 +115,7 @@ class ResNet50(nn.Module):
 
 
 class Med3D:
-    """A ResNet-50 of Med3D as a :class:`~generation.evaluate.features.FeatureNetwork`.
+    """A ResNet-50 of Med3D as a :class:`~generation.evaluate.networks.FeatureNetwork`.
 
     Every volume is brought to mean 0 and standard deviation 1 by itself, over all its voxels, as
     the evaluation of Pinaya et al. 2022 does. (MedicalNet's own training code takes both over what

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from generation.checkpoints import read_state
 from generation.errors import EvaluationError
-from generation.evaluate.features import built, digest_of, fill_randomly, load_strictly
+from generation.evaluate.networks import built, digest_of, fill_randomly, load_strictly
 
 _MEAN = (0.485, 0.456, 0.406)
 _DEVIATION = (0.229, 0.224, 0.225)
@@ -28,7 +28,7 @@ _MASK = "mask_token"
 
 
 class SliceNetwork:
-    """A 2-D network on slices as a :class:`~generation.evaluate.features.FeatureNetwork`.
+    """A 2-D network on slices as a :class:`~generation.evaluate.networks.FeatureNetwork`.
 
     Of each axis, slices are taken from the middle half, evenly spaced. They are padded with 0 to
     a square as wide as the volume's longest axis, so that all keep one scale, resized if that is

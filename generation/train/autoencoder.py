@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from generation.errors import TrainingError
 from generation.train.augment import augmented
-from generation.train.loop import IMAGE, Batch, Picture
+from generation.train.loop import IMAGE, Batch
 from generation.train.networks import new_network, seeded
 from generation.train.perceptual import perceptual_loss
 from generation.train.settings import AutoencoderSettings
+from generation.train.sheets import Picture
 
 NETWORK, DISCRIMINATOR = "autoencoder", "discriminator"
 

@@ -17,9 +17,10 @@ from torch.nn import functional
 from generation.diffusion import TARGETS, Schedule
 from generation.errors import TrainingError
 from generation.train.augment import augmented
-from generation.train.loop import CONDITION, IMAGE, MEAN, SPREAD, Batch, Data, Picture
+from generation.train.loop import CONDITION, IMAGE, MEAN, SPREAD, Batch, Data
 from generation.train.networks import new_network
 from generation.train.settings import Augmentation, DiffusionSettings
+from generation.train.sheets import Picture
 
 _MEASURED = 64
 

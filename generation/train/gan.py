@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from generation.errors import TrainingError
 from generation.train.augment import augmented
-from generation.train.loop import IMAGE, Batch, Picture
+from generation.train.loop import IMAGE, Batch
 from generation.train.networks import new_network
 from generation.train.settings import GanSettings, VaeGanSettings
+from generation.train.sheets import Picture
 
 ENCODER, GENERATOR, DISCRIMINATOR = "encoder", "generator", "discriminator"
 

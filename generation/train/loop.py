@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from generation.engine import peak_bytes
 from generation.errors import TrainingError
 from generation.train import checkpoints
 from generation.train.settings import Settings
-from generation.train.sheets import draw_sheet
+from generation.train.sheets import Picture, draw_sheet
 from generation.train.world import World, checks, draws, row_of
 
 SHEETS = "sheets"
@@ -78,13 +78,6 @@ class Batch:
     @property
     def _device(self) -> torch.device:
         return next(iter(self.samples.values())).device
-
-
-class Picture(NamedTuple):
-    """A volume to look at, ``(x, y, z)`` in [0, 1], and what it is."""
-
-    caption: str
-    volume: Tensor
 
 
 class Task(Protocol):

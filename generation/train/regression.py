@@ -18,9 +18,10 @@ from generation.covariates import BRAIN_VOLUME, NAMES, SEX, VENTRICULAR_VOLUME
 from generation.errors import TrainingError
 from generation.evaluate.regressor import Targets
 from generation.train.augment import augmented
-from generation.train.loop import CONDITION, IMAGE, Batch, Data, Picture, Run
+from generation.train.loop import CONDITION, IMAGE, Batch, Data, Run
 from generation.train.networks import new_network
 from generation.train.settings import REGRESSOR, RegressionSettings
+from generation.train.sheets import Picture
 from generation.train.world import order
 
 _MEASURED = 64

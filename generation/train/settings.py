@@ -248,7 +248,7 @@ class RegressorPreset(System):
 
     def make(self, network: str) -> nn.Module:
         """As in :class:`~generation.presets.System`: ``"regressor"``."""
-        from generation.evaluate.regressor import ColeNetwork
+        from generation.evaluate.cole import ColeNetwork
 
         spec = self.networks[REGRESSOR]
         return ColeNetwork(self.shape, spec.channels, len(self.targets), spec.norm, self.downsample)

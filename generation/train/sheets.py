@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from generation.train.loop import Picture
-
 _SCALE = 2
 _GAP = 6
 _LINE = 18
+
+
+class Picture(NamedTuple):
+    """A volume to look at, ``(x, y, z)`` in [0, 1], and what it is."""
+
+    caption: str
+    volume: torch.Tensor
 
 
 def draw_sheet(pictures: Sequence[Picture], path: Path, title: str) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from synthbrain.cli.console import examples, interrupted, say, show_json, show_table
 from synthbrain.cli.options import Json, StoreFolder
+from synthbrain.errors import UsageError
 
 if TYPE_CHECKING:
     from synthbrain.evaluation.run import Evaluation
@@ -109,6 +110,9 @@ def evaluate(
     from synthbrain.evaluation.opening import Inputs
 
     gates = [Gate.read(text) for text in require or []]
+    for gate in gates:
+        if only and gate.part not in only:
+            raise UsageError(f"{gate.metric} is a figure of {gate.part}; add --only {gate.part}")
     inputs = Inputs(
         synthetic=synthetic, folder=out, real=real, training=training, generator=generator,
         limit=limit, features=features, autoencoder=autoencoder, segmenter=segmenter,
@@ -149,4 +153,7 @@ def _tell(evaluation: Evaluation, results: dict[str, Any], *, as_json: bool) -> 
         show_table(("figure", "value"), rows)
     for part, why in results["not_measured"].items():
         say(f"not measured: {part}: {why}")
+    volumes = results["sets"]["synthetic"]["volumes"]
+    for part, seconds in results["seconds"].items():
+        say(f"{part} took {seconds:,.0f} s, {seconds / volumes:.2g} s a synthetic volume")
     say(f"the report is {report.absolute()}")

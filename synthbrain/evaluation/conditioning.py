@@ -57,14 +57,13 @@ def conditioning(
         else _amounts(name, asked[name], values, seed=seed)
         for name, values in measured.columns.items()
     }
-    swept = measured.columns if sweeps and instruments.labels is None else ()
     return {
         "by": measured.by,
         "covariates": found,
         "leakage": _leakage(asked, measured.columns),
         "sweeps": {
             name: _moved(sweep(volumes, name, sweeps), name, instruments, seed=seed)
-            for name in swept
+            for name in (measured.columns if sweeps else ())
         },
     }
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from generation.evaluate.diversity import Volumes
-    from generation.evaluate.features import FeatureNetwork
+    from generation.evaluate.networks import FeatureNetwork
 
 PUBLISHED = {
     "LSGAN": 0.0231,

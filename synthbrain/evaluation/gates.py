@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from synthbrain.errors import UsageError
+from synthbrain.evaluation.metrics import part_of
 
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -17,7 +17,7 @@ _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_FORM = re.compile(r"\s*([\w.-]+?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
+_FORM = re.compile(r"\s*([^<>=\s][^<>=]*?)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Gate:
         Raises
         ------
         UsageError
-            It is none.
+            It is none, or of a figure that no evaluation has.
 
         Examples
         --------
@@ -52,11 +52,18 @@ class Gate:
         try:
             if found is None:
                 raise ValueError
-            return cls(found[1], found[2], float(found[3]))
+            gate = cls(found[1], found[2], float(found[3]))
         except ValueError:
             raise UsageError(
                 f"{text!r} is no condition; write one such as ventricles.r>=0.95"
             ) from None
+        part_of(gate.metric)
+        return gate
+
+    @property
+    def part(self) -> str:
+        """The part of an evaluation that tells the figure."""
+        return part_of(self.metric)
 
     def __str__(self) -> str:
         return f"{self.metric} {self.comparison} {self.limit:g}"
@@ -72,14 +79,12 @@ class Gate:
         Raises
         ------
         UsageError
-            There is no such figure.
+            The figure was not measured.
         """
         value = metrics.get(self.metric)
         if value is None:
-            near = difflib.get_close_matches(self.metric, metrics, n=1, cutoff=0.4)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UsageError(
-                f"nothing called {self.metric!r} was measured{hint}; there are "
+                f"{self.metric!r} was not measured; there are "
                 f"{', '.join(sorted(metrics)) or 'no figures'}"
             )
         if math.isfinite(value) and _COMPARE[self.comparison](value, self.limit):

@@ -2,10 +2,66 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
+from synthbrain.errors import UsageError
+
 _SHORT = {"ventricular_volume": "ventricles", "brain_volume": "brain"}
+
+_FITTED = ("r", "slope", "intercept", "mae", "bias")
+_KERNELS = ("fd", "fd_infinity", "kid")
+_NEIGHBOURS = ("density", "coverage", "clipped_density", "clipped_coverage", "precision", "recall")
+_SIMILARITIES = (
+    "ssim",
+    "ms-ssim",
+    *map("/".join, product(["4-g-r-ssim"], ["single", "multi"], ["kcl-star", "star", "r"])),
+)
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "fidelity": tuple(map("".join, product(["", "real."], [*_KERNELS, *_NEIGHBOURS]))),
+    "diversity": tuple(map("".join, product(["", "real."], _SIMILARITIES))),
+    "conditioning": (
+        "sex.accuracy",
+        "sex.auc",
+        *map("".join, product(
+            ["age.", "ventricles.", "brain."],
+            ["failed", *_FITTED, *(f"extrapolated.{name}" for name in _FITTED)],
+        )),
+        *map("".join, product(
+            ["age.", "sex.", "ventricles.", "brain."], ["sweep.monotone", "sweep.slope"]
+        )),
+    ),
+    "memorisation": ("copies.p",),
+}  # fmt: skip
+_FAMILIES = {"copies.above.": "memorisation", "utility.": "utility"}
+"""Figures named after what the user names: spaces, targets, arms."""
+
+
+def part_of(name: str) -> str:
+    """The part of an evaluation that a figure is of.
+
+    Parameters
+    ----------
+    name
+        As :func:`metrics` calls it.
+
+    Raises
+    ------
+    UsageError
+        No part has such a figure; the message names the nearest.
+    """
+    for part, names in _NAMES.items():
+        if name in names:
+            return part
+    for start, part in _FAMILIES.items():
+        if name.startswith(start):
+            return part
+    every = [known for names in _NAMES.values() for known in names]
+    near = difflib.get_close_matches(name, every, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "the report lists them, with their names"
+    raise UsageError(f"no evaluation has a figure called {name!r}; {hint}")
 
 
 def metrics(results: Mapping[str, Any]) -> dict[str, float]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from synthbrain.evaluation import sections
 from synthbrain.evaluation.markup import section, table
 from synthbrain.evaluation.pictures import strip
+from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.publish.files import write
 
-if TYPE_CHECKING:
-    from synthbrain.evaluation.run import Evaluation
 
-
-def write_page(path: Path, results: Mapping[str, Any], evaluation: Evaluation) -> None:
+def write_page(path: Path, results: Mapping[str, Any], sets: Mapping[str, VolumeSet]) -> None:
     """Write the report.
 
     Parameters
@@ -25,26 +23,26 @@ def write_page(path: Path, results: Mapping[str, Any], evaluation: Evaluation) -
         Of the file.
     results
         As ``results.json`` holds them.
-    evaluation
-        Where they come from: its volumes are pictured.
+    sets
+        The volumes that are pictured: ``synthetic`` and, where there are, ``real`` and ``members``.
 
     Raises
     ------
     StoreError
         The file cannot be written.
     """
-    write(path, page(results, evaluation).encode())
+    write(path, page(results, sets).encode())
 
 
-def page(results: Mapping[str, Any], evaluation: Evaluation) -> str:
+def page(results: Mapping[str, Any], sets: Mapping[str, VolumeSet]) -> str:
     """The report as HTML."""
-    sets = results["sets"]
-    title = f"{sets['synthetic']['name']}: {sets['synthetic']['volumes']:,} volumes evaluated"
-    body = [_head(results, title), _volumes(evaluation)]
+    synthetic = results["sets"]["synthetic"]
+    title = f"{synthetic['name']}: {synthetic['volumes']:,} volumes evaluated"
+    body = [_head(results, title), _volumes(sets)]
     body += [show(results[name]) for name, show in sections.SECTIONS.items() if name in results]
     if "memorisation" in results:
-        members = evaluation.members
-        body.append(sections.memorisation(results["memorisation"], evaluation.synthetic, members))
+        found = results["memorisation"]
+        body.append(sections.memorisation(found, sets["synthetic"], sets["members"]))
     body += [_missing(results["not_measured"]), _metrics(results["metrics"]), _how(results)]
     return _PAGE.format(title=html.escape(title), style=_CSS, body="\n".join(body))
 
@@ -59,9 +57,8 @@ def _head(results: Mapping[str, Any], title: str) -> str:
     return f"<h1>{html.escape(title)}</h1>{table(columns, rows)}"
 
 
-def _volumes(evaluation: Evaluation) -> str:
-    sets = [each for each in (evaluation.synthetic, evaluation.real) if each is not None]
-    strips = "".join(map(strip, sets))
+def _volumes(sets: Mapping[str, VolumeSet]) -> str:
+    strips = "".join(strip(sets[role]) for role in ("synthetic", "real") if role in sets)
     return section("Volumes", "The first of each set, one intensity window.", strips)
 
 

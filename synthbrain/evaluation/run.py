@@ -22,7 +22,7 @@ from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.publish.files import write
 
 if TYPE_CHECKING:
-    from generation.evaluate.features import FeatureNetwork
+    from generation.evaluate.networks import FeatureNetwork
     from generation.evaluate.regressor import Regressor
     from generation.evaluate.segmentations import Measurer
     from generation.evaluate.vectors import Features
@@ -113,6 +113,11 @@ class Evaluation:
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown:
             raise UsageError(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+        if self.sweeps and self.labels is not None:
+            raise UsageError(
+                f"volumes of a sweep are made to be measured, and {self.labels} has no label maps "
+                "of them; give --segmenter instead of --labels, or no --sweeps"
+            )
 
     @property
     def members(self) -> VolumeSet:
@@ -169,8 +174,16 @@ class Evaluation:
         results = plain(results)
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"
         write(self.folder / "results.json", text.encode())
-        write_page(self.folder / "report.html", results, self)
+        write_page(self.folder / "report.html", results, self._pictured())
         return results
+
+    def _pictured(self) -> dict[str, VolumeSet]:
+        sets = {"synthetic": self.synthetic}
+        if self.real is not None:
+            sets["real"] = self.real
+        if self.training is not None:
+            sets["members"] = self.members
+        return sets
 
     def _about(self) -> dict[str, Any]:
         versions = {"synthbrain": synthbrain.__version__, "python": platform.python_version()}

@@ -20,6 +20,8 @@ def test_a_report_is_written_and_figures_are_shown(evaluate, filled, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
     assert "ventricles.failed" in done.stdout
     assert "not measured: memorisation: needs what the generator learned from" in done.stderr
+    assert "conditioning took" in done.stderr
+    assert "s a synthetic volume" in done.stderr
     assert "report.html" in done.stderr
 
 
@@ -58,6 +60,9 @@ def test_conditions_are_read_before_anything_is_measured(evaluate, tmp_path):
         (("--real", "nowhere"), "nowhere"),
         (("--real", "."), "."),
         (("--utility", "ldm-epsilon"), "kind regression"),
+        (("--labels", ".", "--sweeps", "2"), "no --sweeps"),
+        (("--require", "fdd<1"), "did you mean 'fd'"),
+        (("--require", "ms-ssim<1"), "ms-ssim is a figure of diversity; add --only diversity"),
     ],
 )
 def test_what_is_not_there_is_told_in_one_line(evaluate, options, words):

@@ -31,6 +31,27 @@ def test_what_is_no_condition_is_refused(text):
         Gate.read(text)
 
 
-def test_an_unknown_figure_names_the_nearest():
+def test_an_unknown_figure_names_the_nearest_before_anything_is_measured():
     with pytest.raises(UsageError, match=r"did you mean 'ventricles.r'"):
-        Gate.read("ventricle.r>0").failure(FIGURES)
+        Gate.read("ventricle.r>0")
+
+
+def test_what_was_not_measured_is_no_pass():
+    with pytest.raises(UsageError, match=r"'sex.auc' was not measured; there are age.mae"):
+        Gate.read("sex.auc>0").failure(FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("real.fd", "fidelity"),
+        ("clipped_density", "fidelity"),
+        ("real.4-g-r-ssim/multi/star", "diversity"),
+        ("age.extrapolated.slope", "conditioning"),
+        ("sex.sweep.slope", "conditioning"),
+        ("copies.above.latents", "memorisation"),
+        ("utility.age.mixed.mae", "utility"),
+    ],
+)
+def test_every_figure_is_of_a_part(name, part):
+    assert Gate.read(f"{name} > 0").part == part

@@ -19,6 +19,7 @@ from generation.evaluate.ssim import Ssim
 from synthbrain import SynthBrainDataset
 from synthbrain.errors import UsageError
 from synthbrain.evaluation import diversity
+from synthbrain.evaluation.metrics import part_of
 from synthbrain.evaluation.run import Evaluation, plain
 from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.header import Geometry
@@ -82,7 +83,9 @@ def test_every_part_is_measured_and_what_is_not_is_told(evaluated):
     assert {"fd", "real.fd", "ms-ssim", "real.ms-ssim", "copies.p", "brain.mae"} <= set(figures)
     assert results["memorisation"]["verdict"] == "no copy found"
     assert results["fidelity"]["network"]["pretrained"] is False
-    assert set(results["seconds"]) == {"fidelity", "diversity", "conditioning", "memorisation"}
+    measured = {"fidelity", "diversity", "conditioning", "memorisation"}
+    assert set(results["seconds"]) == measured
+    assert {part_of(name) for name in figures} == measured
 
 
 class _Page(html.parser.HTMLParser):
@@ -160,6 +163,7 @@ def test_sweeps_move_one_covariate_alone(volumes, tmp_path):
     assert found["n"] == 15
     assert found["slopes"]["ventricular_volume"][0] == pytest.approx(0, abs=0.05)
     assert "<h3>sweeps" in (tmp_path / "report.html").read_text()
+    assert {part_of(name) for name in results["metrics"]} == {"conditioning"}
 
 
 def test_shuffled_covariates_are_seen(volumes, tmp_path):
@@ -275,6 +279,11 @@ def test_one_volume_is_measured_as_far_as_it_goes(volumes, tmp_path):
     )
     assert "2 or more" in results["memorisation"]["duplicates"]["voxels"]["missing"]
     assert (tmp_path / "report.html").exists()
+
+
+def test_label_maps_cannot_be_swept(volumes, tmp_path):
+    with pytest.raises(UsageError, match=r"has no label maps of them; give --segmenter"):
+        Evaluation(synthetic=volumes(4), folder=tmp_path, labels=tmp_path, sweeps=1)
 
 
 def test_an_unknown_part_is_refused(volumes, tmp_path):

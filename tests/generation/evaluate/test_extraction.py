@@ -10,7 +10,7 @@ import torch
 
 from generation.errors import EvaluationError
 from generation.evaluate.extraction import extract, read, volume_digest
-from generation.evaluate.features import digest_of
+from generation.evaluate.networks import digest_of
 
 SHAPE = (6, 8, 6)
 
