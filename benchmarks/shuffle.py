@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from synthbrain import Manifest
-from synthbrain.plan import size_text
 from synthbrain.sampler import epoch_order
+from synthbrain.sizes import size_text
 from synthbrain.sources.url import LIMIT
 from synthbrain.store import BLOCK
 from synthbrain.stream.order import RUN, WINDOW, runs_of, stream_order

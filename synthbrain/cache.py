@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import psutil
 
-from synthbrain.errors import StoreError, StoreFullError, UsageError
-from synthbrain.plan import size_text
+from synthbrain.errors import StoreError, StoreFullError
+from synthbrain.sizes import size_text
 from synthbrain.store import BLOCK, STALE_SECONDS, Store
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ up: with 24 processes a tenth of the cache stays empty."""
 
 _SHARD = re.compile(r"block-(\d+)/c\.(\d+)(\.0)+(\.bad)?")
 _LEFTOVER = re.compile(r"\..*\.(?P<pid>\d+)\.[0-9a-f]+\.(?:partial|room)")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
 
 
 class Again(IntEnum):
@@ -242,27 +241,6 @@ class CachedStore(Store):
             raise
         except OSError as error:
             raise self._explain(error, self.cache.folder, 0) from error
-
-
-def parse_limit(limit: int | str) -> int:
-    """Bytes of a limit.
-
-    Raises
-    ------
-    UsageError
-        It is none.
-
-    Examples
-    --------
-    >>> parse_limit("1.5GB")
-    1500000000
-    """
-    match = _SIZE.fullmatch(limit.strip()) if isinstance(limit, str) else None
-    if match is not None:
-        limit = round(float(match[1]) * 1000 ** ("", "k", "M", "G", "T").index(match[2]))
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise UsageError(f"cache_limit must be bytes, or a size such as '20GB'; found {limit!r}")
-    return limit
 
 
 def _shard_files(root: Path) -> Iterator[tuple[int, os.DirEntry[str]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from synthbrain.sizes import size_text
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -63,21 +65,6 @@ class Plan:
         if self.bytes_to_fetch:
             lines.append(f"{size_text(self.bytes_to_fetch)} to transfer")
         return ", ".join(lines)
-
-
-def size_text(count: float) -> str:
-    """Bytes as people write them.
-
-    Examples
-    --------
-    >>> size_text(2_400_000)
-    '2.4 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _duration(seconds: float) -> str:

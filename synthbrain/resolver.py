@@ -36,9 +36,10 @@ from synthbrain.errors import (
 from synthbrain.generators import identity
 from synthbrain.header import Geometry, LatentGeometry
 from synthbrain.making import NOUNS, Making, Representation, check_fit
-from synthbrain.plan import Plan, size_text
+from synthbrain.plan import Plan
 from synthbrain.quantise import Array
 from synthbrain.rows import PUBLISHED
+from synthbrain.sizes import size_text
 from synthbrain.store import Store, stored_shape
 
 if TYPE_CHECKING:

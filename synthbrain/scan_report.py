@@ -14,8 +14,8 @@ import numpy as np
 
 from generation.preprocess import VERSION
 from generation.template import template
+from synthbrain.files import write
 from synthbrain.header import Geometry
-from synthbrain.publish.files import write
 from synthbrain.quantise import Array
 from synthbrain.sheet import PLANES, cut
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from generation.preprocess import VERSION, ScanError, check, check_shape, prepare
 from generation.unires import ReconstructionError, reconstruct
+from synthbrain.files import write
 from synthbrain.header import Geometry
 from synthbrain.nifti import gunzip
-from synthbrain.publish.files import write
 from synthbrain.quantise import Array, quantise
 from synthbrain.scan_report import Record, picture
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from watching import bytes_of_shards
 
-from synthbrain.cache import Again, Cache, CachedStore, parse_limit
-from synthbrain.errors import StoreError, UsageError
+from synthbrain.cache import Again, Cache, CachedStore
+from synthbrain.errors import StoreError
 from synthbrain.header import Geometry
 from synthbrain.shard import ShardLayout
 from synthbrain.testing import check_store
@@ -245,16 +245,3 @@ def test_the_limit_holds_after_every_step(tmp_path_factory, steps, room):
             assert np.array_equal(store.read(position), volume(position))
         assert store.cache.used() <= room * SIZE
         assert only_copies <= set(store.positions())
-
-
-@pytest.mark.parametrize(
-    ("limit", "count"), [(7, 7), ("12", 12), ("20GB", 20 * 10**9), ("1.5 k", 1500), ("3MB", 3e6)]
-)
-def test_limits_are_bytes_or_sizes(limit, count):
-    assert parse_limit(limit) == count
-
-
-@pytest.mark.parametrize("limit", [0, -1, "", "20 giga", "-3GB", 1.5, True, None])
-def test_other_limits_are_refused(limit):
-    with pytest.raises(UsageError, match="cache_limit must be bytes, or a size such as '20GB'"):
-        parse_limit(limit)

@@ -264,7 +264,7 @@ def test_what_a_stream_cannot_do_is_said(stream, published, tmp_path):
     for window in (0, 1.5, "many"):
         with pytest.raises(UsageError, match="window must be a whole number of rows from 1"):
             stream(window=window)
-    with pytest.raises(UsageError, match="cache_limit must be bytes"):
+    with pytest.raises(UsageError, match="cache_limit must be 1 bytes or more"):
         stream(cache_limit="a lot")
 
 

@@ -168,6 +168,6 @@ def _learn(found: ArchiveIndex, source: Bytes, name: str | None, archive: str) -
 
 
 def _text(count: float) -> str:
-    from synthbrain.plan import size_text
+    from synthbrain.sizes import size_text
 
     return size_text(count)

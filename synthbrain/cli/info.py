@@ -151,7 +151,7 @@ def _device() -> str:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Facts as (label, text) for people."""
-    from synthbrain.plan import size_text
+    from synthbrain.sizes import size_text
 
     lines: list[tuple[str, str]] = []
     for key, value in facts.items():

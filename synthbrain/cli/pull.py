@@ -16,10 +16,10 @@ from synthbrain.cli.swarm import (
     Private,
     UploadLimit,
     addresses,
-    byte_count,
     rate,
 )
 from synthbrain.errors import UsageError
+from synthbrain.sizes import byte_count
 
 if TYPE_CHECKING:
     from synthbrain.plan import Plan
@@ -129,7 +129,7 @@ def pull(
     given = SourceOptions(
         folders=from_ or (), urls=url or (), torrent=torrent, only=only, index=index,
         originals=originals, any_affine=any_affine, scratch=scratch,
-        scratch_limit=byte_count("--scratch-limit", scratch_limit), torrent_options=swarm,
+        scratch_limit=byte_count(scratch_limit, "--scratch-limit"), torrent_options=swarm,
     )  # fmt: skip
     _pull_rows(ctx, Manifest.open(manifest), given, selection, store, participants,
                save=save, dry_run=dry_run, overwrite=overwrite)  # fmt: skip
@@ -216,8 +216,8 @@ def _cohorts() -> Path:
 def _pull_whole(
     ctx: typer.Context, torrent: str, to: Path | None, swarm: dict[str, Any], *, dry_run: bool
 ) -> None:
-    from synthbrain.plan import size_text
     from synthbrain.progress import measured
+    from synthbrain.sizes import size_text
     from synthbrain.torrent.metainfo import Metainfo
     from synthbrain.torrent.whole import fetch_whole
 

@@ -51,9 +51,11 @@ def serve_samples(
         else:
             show_table(("", ""), [(name, str(value)) for name, value in found.items()])
         return
-    say(f"serving {generator}; stop with Ctrl-C")
     try:
-        sampling.serve(generator, device=device, batch=batch, idle=idle, memory=memory)
+        sampling.serve(
+            generator, device=device, batch=batch, idle=idle, memory=memory,
+            ready=lambda: say(f"serving {generator}; stop with Ctrl-C"),
+        )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped")
     # A thread may still be inside the generator, working for nobody: nothing waits for it.

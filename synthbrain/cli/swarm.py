@@ -1,14 +1,14 @@
-"""Options about torrents that commands share, and sizes as people write them."""
+"""Options about torrents that commands share."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from synthbrain.errors import UsageError
+from synthbrain.sizes import byte_count
 
 SWARM = "Torrents"
 
@@ -54,18 +54,4 @@ def addresses(peers: list[str] | None) -> tuple[tuple[str, int], ...]:
 
 def rate(text: str | None) -> int:
     """Bytes a second of a rate such as 2MB or 500kB/s; 0 where there is none."""
-    return 0 if text is None else byte_count("a rate", text.removesuffix("/s"))
-
-
-def byte_count(what: str, text: str) -> int:
-    """Bytes of a size such as 20MB; ``what`` names the option in errors.
-
-    Raises
-    ------
-    UsageError
-        It is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
-    if match is None:
-        raise UsageError(f"{what} must be a size such as 500kB, 20MB or 3GB; found {text!r}")
-    return round(float(match[1]) * 1000 ** ("", "k", "M", "G", "T").index(match[2]))
+    return 0 if text is None else byte_count(text.removesuffix("/s"), "a rate")

@@ -188,7 +188,7 @@ def _installed(weights: Weights) -> None:
 def _entry(name: str, published: Published | None, here: Weights | None) -> dict[str, Any]:
     """What is known of some weights, for the table and as JSON."""
     from generation.presets import load_preset
-    from synthbrain.plan import size_text
+    from synthbrain.sizes import size_text
 
     preset = here.preset if here else load_preset(published.preset if published else "")
     size = sum(p.stat().st_size for p in here.folder.iterdir()) if here else 0

@@ -11,7 +11,7 @@ from synthbrain.evaluation import sections
 from synthbrain.evaluation.markup import section, table
 from synthbrain.evaluation.pictures import strip
 from synthbrain.evaluation.sets import VolumeSet
-from synthbrain.publish.files import write
+from synthbrain.files import write
 
 
 def write_page(path: Path, results: Mapping[str, Any], sets: Mapping[str, VolumeSet]) -> None:

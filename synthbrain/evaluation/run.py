@@ -19,7 +19,7 @@ from generation.errors import EvaluationError
 from synthbrain.errors import UsageError
 from synthbrain.evaluation.metrics import metrics
 from synthbrain.evaluation.sets import VolumeSet
-from synthbrain.publish.files import write
+from synthbrain.files import write
 
 if TYPE_CHECKING:
     from generation.evaluate.networks import FeatureNetwork

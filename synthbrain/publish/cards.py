@@ -9,9 +9,9 @@ from typing import Any
 from generation.covariates import COVARIATES
 from synthbrain.errors import UsageError
 from synthbrain.manifest import Manifest
-from synthbrain.plan import size_text
 from synthbrain.publish.citations import SPDX, citations, title_of
 from synthbrain.rows import PUBLISHED
+from synthbrain.sizes import size_text
 
 __all__ = ["Card", "citations", "readme", "require_rights", "title_of"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthbrain.errors import UsageError
+from synthbrain.files import sha256_of
 from synthbrain.progress import track
 from synthbrain.publish.errors import PublishError
-from synthbrain.publish.files import sha256_of
 from synthbrain.publish.folder import DATA, MANIFEST, contents, header_of
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ import pandas as pd
 
 import synthbrain
 from synthbrain.errors import MissingVolumeError, UsageError
+from synthbrain.files import aside, sha256_of, write
 from synthbrain.header import PacksSource
 from synthbrain.progress import track
 from synthbrain.publish import tables
 from synthbrain.publish.cards import Card, citations, readme, require_rights
 from synthbrain.publish.croissant import croissant
-from synthbrain.publish.files import aside, sha256_of, write
 from synthbrain.publish.folder import (
     CARD,
     CITATION,

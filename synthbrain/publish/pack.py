@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from synthbrain.errors import DamagedShardError, MissingVolumeError, StoreError
-from synthbrain.publish.files import aside
+from synthbrain.files import aside
 from synthbrain.sources.extents import Extent
 from synthbrain.store import BLOCK, Store
 

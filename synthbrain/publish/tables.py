@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from generation.covariates import NAMES, SEXES
+from synthbrain.files import aside
 from synthbrain.manifest import NATURAL_COLUMNS
-from synthbrain.publish.files import aside
 from synthbrain.quantise import Array, intensities
 from synthbrain.sheet import PLANES, cut
 

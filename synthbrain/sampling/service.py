@@ -38,6 +38,7 @@ def serve(
     batch: int | None = None,
     idle: float | None = None,
     memory: float | None = None,
+    ready: Callable[[], object] | None = None,
     **sampling: Any,
 ) -> None:
     """Serve a generator's volumes to this node's processes, until interrupted or idle.
@@ -56,6 +57,8 @@ def serve(
     memory
         Share of its GPU's memory that it may use, in (0, 1]; all of it by default. Of no effect on
         the CPU.
+    ready
+        Called once the generator is loaded.
 
     Raises
     ------
@@ -74,7 +77,7 @@ def serve(
         protocol.dial(folder).close()
         raise UsageError(f"a sampling service of {name!r} runs already, in {folder}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    Service(folder, Maker(spec, batch, memory), idle).run()
+    Service(folder, Maker(spec, batch, memory), idle).run(ready)
 
 
 class Service:
@@ -98,8 +101,8 @@ class Service:
         self._had_clients = False
         self._counting = threading.Lock()
 
-    def run(self) -> None:
-        """Serve, then leave nothing behind."""
+    def run(self, ready: Callable[[], object] | None = None) -> None:
+        """Serve, then leave nothing behind; ``ready`` is called once the generator is loaded."""
         making = threading.Thread(target=self.maker.run, daemon=True)
         ended_well = False
         try:
@@ -108,6 +111,9 @@ class Service:
                 threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
                 while not self._ended():
                     time.sleep(_LOOK_SECONDS)
+                    if ready is not None and self.maker.facts is not None:
+                        ready()
+                        ready = None
                     if not making.is_alive() and self.maker.failure is None:
                         raise GeneratorError("the generator brought the sampling service down")
             ended_well = True

@@ -10,12 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthbrain.cache import Cache, parse_limit
+from synthbrain.cache import Cache
 from synthbrain.dataset import SynthBrainDataset
 from synthbrain.errors import UsageError
 from synthbrain.home import home
 from synthbrain.manifest import Manifest
 from synthbrain.rows import PUBLISHED
+from synthbrain.sizes import byte_count
 from synthbrain.sources.opening import SourceOptions, open_sources, quick_sources
 from synthbrain.stream.fetching import Recoverable, Runs, StreamResolver
 from synthbrain.stream.order import WINDOW
@@ -104,7 +105,7 @@ class SynthBrainStream(SynthBrainDataset):
         **options: Any,
     ) -> None:
         _refuse(options)
-        limit, self.window = parse_limit(cache_limit), _window(window)
+        limit, self.window = byte_count(cache_limit, "cache_limit", least=1), _window(window)
         whole = manifest if isinstance(manifest, Manifest) else Manifest.open(manifest)
         opened = _sources(manifest, whole, sources)
         if not opened and generator is None:

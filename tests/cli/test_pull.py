@@ -110,7 +110,7 @@ def test_damage_is_mended_from_a_source(run, released, home, tmp_path):
         (["pull", "SET", "--from", "nowhere"], "no folder"),
         (["pull", "SET", "--url", "ftp://host/a.tar"], "expected an address of"),
         (["pull", "SET", "--peer", "localhost"], "--peer must be HOST:PORT"),
-        (["pull", "SET", "--download-limit", "fast"], "must be a size such as 500kB"),
+        (["pull", "SET", "--download-limit", "fast"], "a size such as 500kB"),
         (["pull", "SET", "--to", "x"], "--to is for the files of a .torrent"),
         (["pull", "SET"], "--torrent, --url or --from"),
         (["pull", "x.torrent"], "--to DIR"),

@@ -129,7 +129,7 @@ def test_croissant_is_what_mlcroissant_reads(folder):
 def test_croissant_lists_every_data_file_and_column(folder):
     import pandas as pd
 
-    from synthbrain.publish.files import sha256_of
+    from synthbrain.files import sha256_of
 
     found = json.loads((folder / "croissant.json").read_text())
     assert found["conformsTo"] == "http://mlcommons.org/croissant/1.0"

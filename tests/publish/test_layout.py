@@ -8,9 +8,9 @@ from PIL import Image
 from generation.covariates import NAMES
 from synthbrain import Manifest, SynthBrainDataset
 from synthbrain.errors import DamagedShardError, MissingVolumeError, UsageError
+from synthbrain.files import sha256_of
 from synthbrain.header import Geometry, Header, Licence
 from synthbrain.publish import tables
-from synthbrain.publish.files import sha256_of
 from synthbrain.publish.layout import build
 from synthbrain.publish.tables import picture
 from synthbrain.rows import digest_contents, make_table

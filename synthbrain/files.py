@@ -1,4 +1,4 @@
-"""Files of a publishable folder: written aside and renamed, so none is ever half there."""
+"""Files written aside and renamed, so that none is ever half there."""
 
 from __future__ import annotations
 

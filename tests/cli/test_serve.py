@@ -1,0 +1,40 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from synthbrain.sampling.spec import Spec
+
+COMMAND = "from synthbrain.cli import app; app()"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("phantom", "--memory", "3"), "memory must be a share in (0, 1], found 3.0"),
+        (("phantom", "--status"), "no sampling service"),
+        (("nobody",), "nobody"),
+    ],
+)
+def test_what_cannot_be_served_is_told_in_one_line(run, options, words):
+    done = run("serve-samples", *options)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert "serving" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("phantom_home")
+def test_it_says_that_it_serves_and_goes_when_interrupted():
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "serve-samples", "phantom"],
+        stderr=subprocess.PIPE, text=True,
+    ) as service:  # fmt: skip
+        assert service.stderr.readline() == "serving phantom; stop with Ctrl-C\n"
+        folder = Spec("phantom", None, {}).folder()
+        assert folder.exists()
+        service.send_signal(signal.SIGINT)
+        assert service.stderr.read() == "stopped\n"
+    assert service.returncode == 0
+    assert not folder.exists()
