@@ -11,9 +11,6 @@ once its phantoms are stored.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from about import setting
 
 from generation.covariates import NAMES
 from generation.evaluate.memorisation import Audit, audit
@@ -161,13 +159,10 @@ def row(name: str, found: Audit, seconds: float) -> str:
 
 def heading(steps: int, held_out: int) -> list[str]:
     """What was run on what, and the head of the table."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "monai")
-    )
     return [
         "# A model that learned its data by heart",
         "",
-        f"`python benchmarks/audit.py`, {platform.machine()}, {os.cpu_count()} cores, {versions}.",
+        f"`python benchmarks/audit.py`; {setting(('torch', 'monai'))}.",
         "",
         f"Diffusion models of one design, {steps:,} steps each, on the box of 12 × 16 × 12 voxels "
         f"of 8 mm around the ventricles, less the mean phantom; 100 samples of each are audited "

@@ -7,10 +7,7 @@ and pytorch-msssim's. It has not been run yet.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from about import setting
 
-import synthbrain
 from generation.evaluate.gradient_ssim import GradientSsim
 from generation.evaluate.med3d import random_med3d
 from generation.evaluate.multiscale import WEIGHTS
@@ -120,14 +117,11 @@ def memory(options: argparse.Namespace) -> list[str]:
 
 def heading() -> list[str]:
     """What was run on what."""
-    names = ("torch", "monai", "pytorch-msssim")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return [
         "# What evaluation costs",
         "",
-        f"`python benchmarks/evaluation.py`, {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, "
-        f"synthbrain {synthbrain.__version__}, {versions}.",
+        f"`python benchmarks/evaluation.py`; {setting(('torch', 'monai', 'pytorch-msssim'))}; "
+        f"{torch.get_num_threads()} threads.",
         "",
         "Volumes of 160 × 224 × 160 voxels, all in one run. What grows with their number are the "
         "vectors that copies are looked for in: 0.36 MB a volume and set.",

@@ -6,10 +6,8 @@ Usage: ``python benchmarks/loading.py --out benchmarks/loading.md``
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import multiprocessing
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from about import setting
 from readers import LIMIT, NIBABEL, OURS, READERS, Reader, open_readers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -338,18 +337,6 @@ def _verdict(what: str, found: float, bound: float = 1, *, most: bool = False) -
 
 def heading(args: argparse.Namespace) -> list[str]:
     """Title, machine, versions and the command of this run."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = [f"Python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
     command = (
         f"python benchmarks/loading.py --volumes {args.volumes} --rounds {args.rounds} "
         f"--loader-volumes {args.loader_volumes} --seed {args.seed}"
@@ -363,8 +350,7 @@ def heading(args: argparse.Namespace) -> list[str]:
         f"- {args.volumes} volumes of 160 × 224 × 160 made by `{args.generator}`; warm page cache",
         "- Noise decides how well float32 .nii.gz compress, so files of 256 levels are timed too; "
         "the released set (5.9 MB a volume) lies between the two",
-        f"- Machine: {cpu}, {cores} cores",
-        f"- {', '.join(versions)}",
+        f"- {setting(PACKAGES)}",
     ]
 
 

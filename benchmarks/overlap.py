@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
-import platform
 import random
 import shutil
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from about import setting
 from timed import BATCH
 from torch.utils.data import DataLoader, Dataset
 
@@ -276,8 +275,7 @@ def heading(args: argparse.Namespace) -> list[str]:
         f"- Command: `python benchmarks/overlap.py {command}`",
         f"- {args.rows} rows an epoch, {args.phantoms} of phantoms; half of them missing, batches "
         f"of {BATCH}, {WORKERS} workers; medians over {args.rounds} rounds",
-        f"- {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, torch "
-        f"{importlib.metadata.version('torch')}",
+        f"- {setting(['torch'])}",
     ]
 
 

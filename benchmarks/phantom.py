@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from about import setting
 from rich.progress import track
 
 from generation.covariates import BRAIN_VOLUME, NAMES, VENTRICULAR_VOLUME
@@ -77,16 +75,12 @@ def judge(generator: PhantomGenerator, kind: str, rows: pd.DataFrame) -> list[st
 
 def heading(rows: int) -> list[str]:
     """What was measured and with what."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "numpy", "scipy", "nilearn")
-    )
     return [
         "# Phantoms: asked and measured volumes",
         "",
         f"{rows} rows of each kind, volumes measured by `generation.volumetry` from the images as "
-        f"stored; errors in percent of the covariate's range. {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}.",
+        "stored; errors in percent of the covariate's range. "
+        f"{setting(('torch', 'numpy', 'scipy', 'nilearn'))}; {torch.get_num_threads()} threads.",
         "",
         "| rows | covariate | Pearson r | mean absolute error | bias | largest | s per volume |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -222,7 +222,7 @@ def hf_arrow(volumes: Volumes) -> Reader:
         features = datasets.Features({"image": datasets.Array4D((1, *volumes.shape), "uint8")})
         rows = {"image": [np.asarray(codes)[None] for codes in volumes.codes]}
         datasets.Dataset.from_dict(rows, features).save_to_disk(str(folder))
-    ds = datasets.load_from_disk(str(folder)).with_format("numpy")
+    ds = datasets.load_from_disk(str(folder)).with_format("numpy", dtype=np.uint8)
     whole = each(lambda i: scaled(ds[i]["image"][0]))
     return Reader("Arrow, Array4D of uint8", False, sorted(folder.glob("*.arrow")), whole)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.metadata
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+from about import setting
 from torch.utils.data import DataLoader, Dataset
 
 from synthbrain import Manifest, SynthBrainDataset
@@ -285,16 +284,13 @@ def _verdict(what: str, found: float, bound: float) -> str:
 
 def heading() -> list[str]:
     """Title, machine and versions."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "pandas")
-    )
     return [
         "# Many rows, measured",
         "",
         "Written by `scale.py`; what the columns mean is in [README.md](README.md).",
         "",
         f"- `{MANIFEST}`, with volumes of {' × '.join(map(str, TINY.shape))} for workers",
-        f"- {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {versions}",
+        f"- {setting(('torch', 'numpy', 'pandas'))}",
     ]
 
 

@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
-import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from about import setting
 
-import synthbrain
 from generation.evaluate.med3d import random_med3d
 from generation.evaluate.memorisation import audit
 from generation.evaluate.planted import Dose, altered
@@ -159,14 +156,10 @@ def measured(spoilt: Any, real: VolumeSet, folder: Path) -> dict[str, float]:
 
 def heading(count: int) -> list[str]:
     """What was run on what, and the head of the table."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "monai")
-    )
     return [
         "# What spoils volumes, and which figures tell",
         "",
-        f"`python benchmarks/sensitivity.py`, {platform.machine()}, {os.cpu_count()} cores, "
-        f"synthbrain {synthbrain.__version__}, {versions}.",
+        f"`python benchmarks/sensitivity.py`; {setting(('torch', 'monai'))}.",
         "",
         f"{count} phantoms stand for synthetic volumes, {count} for real ones, {count} for the "
         f"training set and {count} are held out; all from one distribution. Features are those of "

@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import multiprocessing
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -25,6 +23,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import psutil
 import torch
+from about import setting
 from loaders import BATCH, LOADER, NAMED, SHARED, Batches, Way, ways
 from volumes import Volumes, prepare
 
@@ -324,12 +323,6 @@ def targets(report: Report, workers: Sequence[int] = WORKERS) -> Iterator[str]:
 
 def heading(args: argparse.Namespace) -> list[str]:
     """Title, machine, versions and the command of this run."""
-    versions = [f"Python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
     command = f"--volumes {args.volumes} --rounds {args.rounds} --seed {args.seed}"
     return [
         "# Loading with workers, measured",
@@ -338,8 +331,8 @@ def heading(args: argparse.Namespace) -> list[str]:
         "",
         f"- Command: `python benchmarks/workers.py {command}`",
         f"- {args.volumes} volumes of 160 × 224 × 160 made by `{args.generator}`, batches of "
-        f"{BATCH}, patches of 64³; {len(os.sched_getaffinity(0))} cores",
-        f"- {', '.join(versions)}",
+        f"{BATCH}, patches of 64³",
+        f"- {setting(PACKAGES)}",
     ]
 
 
