@@ -1,7 +1,7 @@
 """What evaluation costs: seconds a volume or a pair for each part, and memory as sets grow.
 
 ``python benchmarks/evaluation.py --out benchmarks/evaluation.md``; MS-SSIM is timed beside MONAI's
-and pytorch-msssim's. It has not been run yet.
+and pytorch-msssim's.
 """
 
 from __future__ import annotations

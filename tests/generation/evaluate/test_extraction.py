@@ -218,7 +218,7 @@ from generation.evaluate.extraction import extract
 volumes, names = some(40)
 network = Moments()
 slowly = network.features
-network.features = lambda volumes: (time.sleep(0.01), slowly(volumes))[1]
+network.features = lambda volumes: (time.sleep(0.1), slowly(volumes))[1]
 for index in extract(volumes, names, network, Path(sys.argv[2]), batch=2):
     print(index, flush=True)
 """
