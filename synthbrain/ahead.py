@@ -96,17 +96,18 @@ class Missing:
 
     def prepare(self, rows: NDArray[np.int64]) -> bool:
         """Fetch and make rows; False if they cannot be kept."""
-        plan = self._resolver.plan(rows.tolist())
-        nothing = plan.unavailable[:0]
-        plan = replace(plan, unavailable=nothing)
-        if not self.can_sample:
-            plan = replace(plan, sample=nothing)
-        elif len(plan.sample) and isinstance(self._resolver.generator, RoutedGenerator):
-            self._resolver.generator.share()
+        resolver, generator = self._resolver, self._resolver.generator
+        plan = resolver.plan(rows.tolist())
+        plan = replace(plan, unavailable=plan.unavailable[:0])
+        execute = resolver.execute
+        if isinstance(generator, RoutedGenerator) and len(plan.sample):
+            generator.share()
+        elif not isinstance(generator, SharedGenerator):
+            execute = resolver.execute_fetches  # also where a source fails, nothing computes here
         self._made.set()
-        for _ in self._resolver.execute(plan):
+        for _ in execute(plan):
             pass
-        return self._resolver.keeps
+        return resolver.keeps
 
 
 class LookAhead:

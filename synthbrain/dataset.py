@@ -27,7 +27,7 @@ from synthbrain.plan import Plan
 from synthbrain.progress import track
 from synthbrain.quantise import as_float, as_float32, intensities
 from synthbrain.resolver import Resolver
-from synthbrain.sampler import SynthBrainSampler
+from synthbrain.sampler import SynthBrainSampler, whole
 from synthbrain.sampling.routing import RoutedGenerator
 from synthbrain.sources.folder import FolderSource
 from synthbrain.sources.opening import packed_by, quick_sources
@@ -302,8 +302,18 @@ where, ids, limit, extrapolate
 
         A :class:`synthbrain.SynthBrainSampler` that shuffles draws this epoch next, and sets the
         dataset's to its own when it begins one: order and patches are of the same epoch.
+
+        Parameters
+        ----------
+        epoch
+            In [0, 2**63).
+
+        Raises
+        ------
+        UsageError
+            Not a whole number, or a negative one.
         """
-        self.epochs.choose(epoch)
+        self.epochs.choose(whole("epoch", epoch, below=2**63))
 
     def sampler(self, **options: Any) -> SynthBrainSampler:
         """An order of the rows, split over ranks and exact to resume.
@@ -347,11 +357,13 @@ where, ids, limit, extrapolate
         -------
         DataLoader
             Batches have what those of a plain DataLoader have, and a quarter of the bytes crosses
-            from the workers, or half where float16 is stored. With a ``transform``, which needs
-            floats, nothing is gained and nothing is changed. With ``shuffle`` the epoch goes up
-            by one each time it is iterated to its end; :meth:`set_epoch` chooses another.
+            from the workers, or half where float16 is stored. With a ``transform`` or a
+            ``collate_fn``, which need floats, nothing is gained and nothing is changed. With
+            ``shuffle`` the epoch goes up by one each time it is iterated to its end;
+            :meth:`set_epoch` chooses another.
         """
-        if self.transform is not None or self.meta_tensor or self.dtype != "float32":
+        needs_floats = self.transform is not None or options.get("collate_fn") is not None
+        if needs_floats or self.meta_tensor or self.dtype != "float32":
             return _ConvertingLoader(self, operator.methodcaller("to", device), **options)
         stored = self.resolver.geometry.dtype
         cast: Callable[[torch.Tensor], torch.Tensor] = partial(as_float32, device=device)
@@ -379,7 +391,8 @@ where, ids, limit, extrapolate
     def _patch_start(self, index: int) -> Array:
         assert self.patch_size is not None
         row = int(self.manifest.positions[index])
-        key = np.array([self.seed, int(self.epochs) << 32 | row], np.uint64)  # a list is rounded
+        word = (int(self.epochs) << 32 | row) % 2**64
+        key = np.array([self.seed, word], np.uint64)  # a list is rounded
         draw = np.random.Philox(key=key)
         room = np.subtract(self.manifest.header.geometry.shape, self.patch_size) + 1
         return (np.random.Generator(draw).random(3) * room).astype(np.int64)
@@ -422,7 +435,7 @@ class _ConvertingLoader(DataLoader[Any]):
         convert: Callable[[torch.Tensor], torch.Tensor],
         **options: Any,
     ) -> None:
-        if not {"sampler", "batch_sampler"} & options.keys():
+        if not has_order(options):
             options["sampler"] = dataset.sampler(shuffle=bool(options.pop("shuffle", False)))
         super().__init__(dataset, **options)
         self._convert, self._key = convert, dataset.representation
@@ -433,6 +446,11 @@ class _ConvertingLoader(DataLoader[Any]):
                 yield {**batch, self._key: self._convert(batch[self._key])}
             else:
                 yield batch
+
+
+def has_order(options: Mapping[str, Any]) -> bool:
+    """Whether options of a DataLoader say in which order rows come; None says nothing."""
+    return any(options.get(name) is not None for name in ("sampler", "batch_sampler"))
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

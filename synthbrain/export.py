@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,12 +244,14 @@ class Export:
         todo = self.todo()
         self._refuse_unavailable(todo)
         self._sweep()
-        self._write_all(self._descriptions())
+        # Rows to come are listed, too: after a kill, the next export knows whose volumes lie here.
+        self._write_all(self._descriptions() | {"participants.tsv": self._participants(self._ids)})
         try:
             done = track(self._export(todo), total=len(todo), what="exporting", show=progress)
             return sum(1 for _ in done)
         finally:
-            self._write_all({"participants.tsv": self._participants()})
+            done_ids = filter(self._is_done, self._ids)
+            self._write_all({"participants.tsv": self._participants(done_ids)})
             with contextlib.suppress(OSError):
                 (self.out / _SCRATCH).rmdir()
 
@@ -371,12 +373,13 @@ class Export:
         licence = self._description()["License"]
         return _README.format(**source, licence=licence, cited=cited).encode()
 
-    def _participants(self) -> bytes:
-        """``participants.tsv``: every volume in the folder, also those of earlier exports."""
+    def _participants(self, ids: Iterable[str]) -> bytes:
+        """``participants.tsv``: some rows of the dataset, and all volumes of earlier exports."""
+        chosen = set(ids)
         lines = self._earlier_lines() | {
             self.layout.participant(id): self._line(index)
             for index, id in enumerate(self._ids)
-            if self._is_done(id)
+            if id in chosen
         }
         header = "\t".join(["participant_id", *COLUMNS])
         body = [lines[participant] for participant in sorted(lines)]

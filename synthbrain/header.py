@@ -60,7 +60,8 @@ class _Strict(BaseModel):
 class Geometry(_Strict):
     """Shape, type and place of every volume of a manifest.
 
-    ``value = stored * scale`` and ``world = affine @ (i, j, k, 1)`` in mm.
+    ``value = stored * scale`` and ``world = affine @ (i, j, k, 1)`` in mm. Only bytes are scaled:
+    as float16, values are stored as they are.
     """
 
     shape: tuple[int, int, int] = (160, 224, 160)
@@ -80,7 +81,8 @@ class Geometry(_Strict):
     @property
     def attributes(self) -> dict[str, Any]:
         """What whoever opens a block must know to use its voxels."""
-        return {"scale": self.scale, "affine": self.affine, "orientation": self.orientation}
+        scale = self.scale if self.dtype == "uint8" else 1.0
+        return {"scale": scale, "affine": self.affine, "orientation": self.orientation}
 
     @model_validator(mode="after")
     def _chunks_divide(self) -> Geometry:

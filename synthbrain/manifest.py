@@ -143,12 +143,12 @@ class Manifest:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            packed = self.__dict__.get("_packed")
-            if name != "table" or packed is None:
+            if name == "table" and (packed := self.__dict__.get("_packed")) is not None:
+                self.__dict__.setdefault(name, pickle.loads(packed))
+                self.__dict__.pop("_packed", None)
+            if name != "table" or name not in self.__dict__:  # another thread may have unpacked it
                 raise AttributeError(f"a manifest has no {name!r}")
-            self.__dict__["table"] = pickle.loads(packed)
-            self.__dict__.pop("_packed", None)
-            return self.__dict__["table"]
+            return self.__dict__[name]
 
     def __repr__(self) -> str:
         origin = f", selected from {self.header.parent.name}" if self.header.parent else ""
@@ -283,7 +283,8 @@ class Manifest:
         ----------
         path
             Folder to write; by default ``cohorts/<name>`` in the package's home, where
-            :meth:`open` finds it by name. The folder's name becomes the manifest's.
+            :meth:`open` finds it by name. A selection takes the folder's name; other manifests
+            keep theirs, which is part of their store's path.
         overwrite
             Replace a manifest that is already there.
 
@@ -300,6 +301,7 @@ class Manifest:
         self.require_rows()
         folder = Path(path).absolute() if path is not None else home() / "cohorts" / self.name
         name = check_name(folder.name)
+        folder = folder.resolve()  # what a link leads to is replaced, not the link
         replaceable = overwrite and (folder / "manifest.json").exists()
         occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
         if occupied and not replaceable:

@@ -229,11 +229,19 @@ class Resolver:
         unfetched = yield from self._fetch_all(plan)
         lost = [i for i in unfetched if self.generator is None or self._is_published[i]]
         yield from self._sample([*plan.sample.tolist(), *np.setdiff1d(unfetched, lost).tolist()])
-        if lost:
-            raise MissingVolumeError(
-                f"{len(lost)} rows, {self.manifest.table.index[lost[0]]!r} first, could not be "
-                "fetched; the log says why"
-            )
+        self._refuse_lost(lost)
+
+    def execute_fetches(self, plan: Plan) -> Iterator[tuple[int, Array]]:
+        """Like :meth:`execute`, but nothing is sampled, whatever sources fail to give.
+
+        Raises
+        ------
+        MissingVolumeError
+            They failed to give some rows.
+        StoreFullError
+            The disk is full.
+        """
+        self._refuse_lost((yield from self._fetch_all(plan)))
 
     def fill(self, plan: Plan) -> Iterator[int]:
         """Like :meth:`execute`, for its effect on the store: yields the row indices.
@@ -528,6 +536,13 @@ class Resolver:
             f"{len(plan.unavailable):,} of the {self._noun}s asked for are not in {self.folder}, "
             f"{id!r} first: {why} (plan: {plan})"
         )
+
+    def _refuse_lost(self, rows: list[int]) -> None:
+        if rows:
+            raise MissingVolumeError(
+                f"{len(rows)} rows, {self.manifest.table.index[rows[0]]!r} first, could not be "
+                "fetched; the log says why"
+            )
 
     def _only_maker(self) -> str | None:
         folder = self.folder / self.manifest.store_key

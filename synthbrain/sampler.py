@@ -112,7 +112,7 @@ class SynthBrainSampler(Sampler[int]):
         ahead: int = 256,
     ) -> None:
         self._size = _size(dataset)
-        self._seed = _whole("seed", seed, below=2**64)
+        self._seed = whole("seed", seed, below=2**64)
         self._rank, self._world_size = _world(rank, world_size)
         if drop_last and self._size < self._world_size:
             raise UsageError(
@@ -120,7 +120,7 @@ class SynthBrainSampler(Sampler[int]):
                 "leave drop_last out, or use fewer ranks"
             )
         self._supply = dataset.supply() if isinstance(dataset, HasSupply) else None
-        self._ahead = _whole("ahead", ahead)
+        self._ahead = whole("ahead", ahead)
         self._epochs = _epochs_of(dataset) if shuffle else None
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -168,7 +168,7 @@ class SynthBrainSampler(Sampler[int]):
         UsageError
             Not a whole number, or a negative one.
         """
-        self._choose(_whole("epoch", epoch, below=2**63))
+        self._choose(whole("epoch", epoch, below=2**63))
         if self._epochs is not None:
             self._epochs.taken()  # before this, and no longer meant
 
@@ -195,8 +195,8 @@ class SynthBrainSampler(Sampler[int]):
         UsageError
             Not a whole number, or a negative one.
         """
-        position = _whole("position", position)
-        count = min(_whole("count", count), self._left(position))
+        position = whole("position", position)
+        count = min(whole("count", count), self._left(position))
         places = (position + self._rank + self._world_size * np.arange(count)) % self._size
         return self._order()[places] if self.shuffle else places
 
@@ -225,7 +225,7 @@ class SynthBrainSampler(Sampler[int]):
         first_epoch, first = self._origin
         epoch, position = self._epoch, self._position
         if consumed is not None:
-            epoch, position = first_epoch, first + self._world_size * _whole("consumed", consumed)
+            epoch, position = first_epoch, first + self._world_size * whole("consumed", consumed)
         if position >= first + self._world_size * self._left(first):
             epoch, position = epoch + 1, 0
         return {
@@ -262,9 +262,9 @@ class SynthBrainSampler(Sampler[int]):
                 f"{_short(self.rows_digest)}; select the rows the state was saved with, or start "
                 "without it"
             )
-        seed = _whole("seed of a state", state["seed"], below=2**64)
-        epoch = _whole("epoch of a state", state["epoch"], below=2**63)
-        position = _whole("position of a state", state["position"], below=self._size)
+        seed = whole("seed of a state", state["seed"], below=2**64)
+        epoch = whole("epoch of a state", state["epoch"], below=2**63)
+        position = whole("position of a state", state["position"], below=self._size)
         self._seed = seed
         if self._epochs is not None:
             self._epochs.taken()
@@ -351,7 +351,7 @@ def epoch_order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 def _size(dataset: Sized | int) -> int:
     size = len(dataset) if isinstance(dataset, Sized) else dataset
-    return _whole("the number of rows", size, 1)
+    return whole("the number of rows", size, 1)
 
 
 def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -365,8 +365,8 @@ def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if not (dist.is_available() and dist.is_initialized()):
             return 0, 1
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    world_size = _whole("world_size", world_size, 1)
-    return _whole("rank", rank, below=world_size), world_size
+    world_size = whole("world_size", world_size, 1)
+    return whole("rank", rank, below=world_size), world_size
 
 
 def _digest_of(dataset: object) -> str:
@@ -383,8 +383,14 @@ def _short(digest: str) -> str:
     return digest[:12] or "without a digest"
 
 
-def _whole(name: str, value: Any, least: int = 0, *, below: int | None = None) -> int:
-    """A number in [least, below)."""
+def whole(name: str, value: Any, least: int = 0, *, below: int | None = None) -> int:
+    """A number in [least, below).
+
+    Raises
+    ------
+    UsageError
+        It is another, or none.
+    """
     try:
         number = operator.index(value)
     except TypeError:

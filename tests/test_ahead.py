@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 
 from synthbrain import SynthBrainDataset, SynthBrainSampler
 from synthbrain.ahead import LookAhead
-from synthbrain.errors import GeneratorError, SynthBrainError
+from synthbrain.errors import GeneratorError, SourceError, SynthBrainError
+from synthbrain.generators import identity
 from synthbrain.mixing import mix
+from synthbrain.sources.base import Cost
 from synthbrain.sources.folder import FolderSource
 from synthbrain.testing import TinyGenerator, tiny_manifest
 
@@ -190,6 +192,45 @@ def test_only_what_another_process_computes_or_a_source_gives_is_had_early(tmp_p
     list(SynthBrainSampler(ds))
     until(lambda: not [t for t in threading.enumerate() if t.name == "synthbrain-ahead"])
     assert len(ds.missing()) == 6
+
+
+class Threads(TinyGenerator):
+    """Notes in which threads it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def sample(self, rows):
+        self.seen.add(threading.current_thread().name)
+        return super().sample(rows)
+
+
+class Broken:
+    """Says that it has everything, and fails."""
+
+    name = "broken"
+    made_by = identity(TinyGenerator())
+
+    def holds(self, ids):
+        return np.ones(len(ids), dtype=bool)
+
+    def cost(self, ids):
+        return Cost(len(ids), 1.0)
+
+    def fetch(self, ids, geometry):
+        raise SourceError("no network")
+
+
+def test_what_a_source_fails_to_give_is_made_where_it_is_asked_for_alone(tmp_path):
+    generator = Threads()
+    ds = SynthBrainDataset(
+        tiny_manifest(30), generator=generator, sources=[Broken()], store=tmp_path / "store"
+    )
+    for row in SynthBrainSampler(ds):
+        ds[row]
+    until(lambda: not [t for t in threading.enumerate() if t.name == "synthbrain-ahead"])
+    assert generator.seen == {"MainThread"}
 
 
 def test_a_generator_that_fails_is_the_business_of_who_asks(named, caplog, tmp_path):

@@ -99,6 +99,8 @@ def test_a_manifest_of_halves(dataset, of_geometry):
     assert torch.equal(ds[1]["image"], expected[1].half().float())
     batch = next(iter(ds.loader(batch_size=4)))
     assert torch.equal(batch["image"], expected.half().float())
+    scale = np.float32(ds.resolver.store_of(1).about(1)["scale"])
+    assert np.array_equal(stored(ds, 1) * scale, ds[1]["image"][0])
     with pytest.raises(UsageError, match="not stored as bytes"):
         dataset(rows, dtype="uint8")
 
@@ -443,6 +445,19 @@ def test_the_fast_loader_passes_on_what_is_no_batch_of_images(dataset):
     assert [len(batch) for batch in ds.loader(batch_size=5, collate_fn=list)] == [5, 5, 2]
 
 
+def test_whoever_collates_gets_what_a_plain_loader_gives(dataset):
+    ds = dataset()
+
+    def pair(samples):
+        return torch.stack([sample["image"] for sample in samples])
+
+    assert next(iter(ds.loader(batch_size=2, collate_fn=list)))[0]["image"].dtype == torch.float32
+    fast, plain = (
+        list(of(ds, batch_size=5, collate_fn=pair)) for of in (type(ds).loader, DataLoader)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(fast, plain, strict=True))
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("copied", [False, True])
 def test_set_epoch_reaches_running_workers(dataset, copied):
@@ -485,6 +500,13 @@ def test_a_loader_that_shuffles_goes_from_epoch_to_epoch(dataset, manifest):
     assert order_and_patches(loader)[0] == epochs[2][0]
 
 
+def test_no_sampler_is_no_sampler_however_it_is_said(dataset, manifest):
+    ds = dataset(seed=3)
+    expected = [manifest.table.index[row] for row in epoch_order(12, 3, 0)]
+    loader = ds.loader(batch_size=None, sampler=None, batch_sampler=None, shuffle=True)
+    assert [sample["id"] for sample in loader] == expected
+
+
 def test_without_shuffling_rows_and_patches_stay_as_they_are(dataset, manifest):
     ds = dataset(patch_size=4)
     ds.set_epoch(3)
@@ -508,6 +530,21 @@ def test_the_later_word_on_the_epoch_counts(dataset):
     sampler.load_state_dict(ds.sampler().state_dict(consumed=4) | {"epoch": 4})
     ds.set_epoch(4)  # the same epoch: where in it the state was still holds
     assert list(sampler) == epoch_order(12, 0, 4)[4:].tolist()
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.5, "2", 2**63])
+def test_what_is_no_epoch_is_refused(dataset, epoch):
+    ds = dataset(patch_size=4)
+    with pytest.raises(UsageError, match="epoch must be a whole number from 0 to"):
+        ds.set_epoch(epoch)
+    assert int(ds.epochs) == 0
+
+
+def test_any_epoch_of_a_sampler_has_patches(dataset):
+    ds = dataset(patch_size=4)
+    ds.set_epoch(2**63 - 1)
+    assert len(list(ds.loader(batch_size=5, shuffle=True))) == 3
+    assert int(ds.epochs) == 2**63 - 1
 
 
 def test_a_pickled_dataset_is_the_same(dataset):

@@ -265,6 +265,26 @@ def test_killed_exports_leave_no_partial_file_and_can_be_resumed(tmp_path, store
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+def test_an_export_of_other_rows_lists_the_volumes_of_a_killed_one(tmp_path, store):
+    out = tmp_path / "out"
+    dataset = SynthBrainDataset(tiny_manifest(40), generator=TinyGenerator(), store=store)
+    dataset.fill(progress=False)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(store), str(out)])
+    until = time.monotonic() + 60
+    while len(list(out.rglob("*.nii.gz"))) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    last = SynthBrainDataset(
+        dataset.manifest, ids=["tiny000039"], generator=TinyGenerator(), store=store
+    )
+    export_bids(last, out, progress=False)
+    finished = {path.parents[1].name for path in out.glob("sub-*/anat/*.json")}
+    lines = (out / "participants.tsv").read_text().splitlines()[1:]
+    assert len(finished) > 1
+    assert {line.split("\t")[0] for line in lines} == finished
+
+
 def test_leftovers_of_killed_exports_are_swept_once_stale(dataset, tmp_path):
     export_bids(dataset, tmp_path / "out", progress=False)
     scratch = tmp_path / "out" / ".partial"

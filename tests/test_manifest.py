@@ -1,6 +1,10 @@
 import json
 import os
+import pickle
 import shutil
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -225,6 +229,17 @@ def test_nothing_is_overwritten_unless_asked(manifest, tmp_path):
     assert os.listdir(tmp_path) == ["tiny"]
 
 
+def test_what_a_link_leads_to_is_overwritten(manifest, tmp_path):
+    folder = manifest.save(tmp_path / "disk" / "cohort")
+    link = tmp_path / "here"
+    link.symlink_to(folder)
+    other = tiny_manifest(5, seed=3)
+    other.save(link, overwrite=True)
+    assert link.is_symlink()
+    assert_same(Manifest.open(folder), other)
+    assert os.listdir(tmp_path / "disk") == ["cohort"]
+
+
 def test_what_is_no_manifest_is_never_overwritten(manifest, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
@@ -319,6 +334,25 @@ def test_rows_that_have_yet_to_be_read_are_no_rows(manifest, tmp_path):
     for act in (later.select, later.save, lambda: later.store_key):
         with pytest.raises(ManifestError, match="lie in its archive"):
             act()
+
+
+def test_threads_share_what_was_pickled(manifest):
+    packed, seconds = pickle.dumps(manifest), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(150):
+                twin, together = pickle.loads(packed), threading.Barrier(8)
+
+                def table_of(_, twin=twin, together=together):
+                    together.wait()
+                    return twin.table
+
+                first, *others = pool.map(table_of, range(8))
+                assert all(other is first for other in others)
+    finally:
+        sys.setswitchinterval(seconds)
+    assert_same(twin, manifest)
 
 
 def test_a_hundred_thousand_rows(tmp_path):

@@ -286,8 +286,9 @@ def test_missing_covariates_are_named(cohort):
         made[0]
     with pytest.raises(UsageError, match="lacks image, sex, age, ventricular_volume"):
         mix(Scans(), cohort(5), ratio=0)[0]
-    with pytest.raises(UsageError, match="lacks age"):
-        mix(Rows(1, [None]), cohort(5), ratio=0, keys=["age"])[0]
+    for nothing in (None, float("nan"), np.float32("nan"), pd.NA):
+        with pytest.raises(UsageError, match="lacks age"):
+            mix(Rows(1, [nothing]), cohort(5), ratio=0, keys=["age"])[0]
     with pytest.raises(UsageError, match="synthetic sample 'tiny000000' lacks site"):
         mix(Scans(), cohort(1), ratio=1, keys=["site"])[0]
     with pytest.raises(UsageError, match="real samples must be dictionaries, found list"):

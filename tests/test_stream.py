@@ -232,9 +232,12 @@ def test_by_default_packs_are_those_of_the_header_or_beside_the_manifest(
     Manifest(published.manifest.header, named.table, named.positions).save(beside)
     (beside / "packs").symlink_to(published.folder / "packs")
     assert SynthBrainStream(beside)[1]["made_by"] == MADE_BY
+    assert SynthBrainStream(beside / "manifest.json")[1]["made_by"] == MADE_BY
     files = {f"set/{path.name}": path.read_bytes() for path in beside.iterdir() if path.is_file()}
     with FaultyServer(files | published.files).running() as server:
-        assert SynthBrainStream(f"{server.url}/set", cache=tmp_path / "c")[2]["made_by"] == MADE_BY
+        for address in (f"{server.url}/set", f"{server.url}/set/manifest.json"):
+            found = SynthBrainStream(address, cache=tmp_path / address[-4:])
+            assert found[2]["made_by"] == MADE_BY
 
 
 @pytest.mark.slow

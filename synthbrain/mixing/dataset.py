@@ -7,6 +7,7 @@ and epoch that every process computes for itself.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Number
@@ -334,7 +335,10 @@ def _set_epoch(dataset: Dataset[Any], epoch: int) -> None:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, Number) and bool(value != value))
+    if isinstance(value, Number):
+        return bool(value != value)
+    pandas = sys.modules.get("pandas")  # whose NA is no number, and nobody's who did not import it
+    return value is None or (pandas is not None and value is pandas.NA)
 
 
 def _plain(name: str, value: Any) -> Any:

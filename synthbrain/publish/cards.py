@@ -97,7 +97,7 @@ def readme(card: Card) -> bytes:
         splits=_splits(card.manifest),
         shape=" × ".join(map(str, header.geometry.shape)),
         dtype=header.geometry.dtype,
-        scale=header.geometry.scale,
+        scale=header.geometry.attributes["scale"],
         orientation=header.geometry.orientation,
         affine="; ".join(" ".join(f"{v:g}" for v in row) for row in header.geometry.affine),
         size=size_text(sum(size for size, _ in card.files.values())),

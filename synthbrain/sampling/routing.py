@@ -8,7 +8,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from generation.generator import has_latents
-from synthbrain.generators import GENERATORS, load_generator
+from synthbrain.errors import GeneratorError
+from synthbrain.generators import GENERATORS, identity, load_generator
 from synthbrain.sampling.client import SharedGenerator
 from synthbrain.sampling.launch import tidy
 
@@ -51,7 +52,7 @@ class RoutedGenerator:
         device = local_device(os.environ) if chooses else None
         self.shared = SharedGenerator(named, device=device, idle=IDLE_SECONDS)
         weakref.finalize(self, tidy, self.shared.spec.folder())
-        self._name, self._here = name, here
+        self._here: Generator | None = here
         self._seconds = here.seconds_per_volume
         self._shares = False
         self._settling = threading.Lock()
@@ -72,6 +73,11 @@ class RoutedGenerator:
     def seconds_per_volume(self) -> float:
         """Rough cost on this machine."""
         return self._seconds if self._here is None else self._here.seconds_per_volume
+
+    @property
+    def report(self) -> dict[str, float] | None:
+        """What a volume costs, where this process makes them and the generator tells."""
+        return None if self._shares else getattr(self._here, "report", None)
 
     def share(self) -> None:
         """Leave it all to the service from now on.
@@ -107,8 +113,19 @@ class RoutedGenerator:
             if self._shares:
                 return self.shared
         if self._here is None:
-            self._here = load_generator(self._name)
+            self._here = self._loaded()
         return self._here
+
+    def _loaded(self) -> Generator:
+        """The generator once more, for a copy that has none."""
+        here = load_generator(self.shared.spec.name)
+        if here.digest != self.digest:
+            raise GeneratorError(
+                f"{self.shared.spec.name} is {identity(here)} here, expected {identity(self)}: "
+                "other weights, or another device that computes otherwise; open the dataset again "
+                "to take what is here"
+            )
+        return here
 
 
 def local_device(environ: os._Environ[str] | dict[str, str]) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthbrain.cache import Cache
-from synthbrain.dataset import SynthBrainDataset
+from synthbrain.dataset import SynthBrainDataset, has_order
 from synthbrain.errors import UsageError
 from synthbrain.home import home
 from synthbrain.manifest import Manifest
@@ -158,7 +158,7 @@ class SynthBrainStream(SynthBrainDataset):
             Passed to :class:`torch.utils.data.DataLoader`. Without a ``sampler`` or
             ``batch_sampler`` it gets :meth:`sampler`; ``shuffle`` is True by default.
         """
-        if not {"sampler", "batch_sampler"} & options.keys():
+        if not has_order(options):
             options.setdefault("shuffle", True)
         return super().loader(device=device, **options)
 
@@ -226,9 +226,10 @@ def _sources(
         return [_opened(source, whole) for source in sources]
     if isinstance(manifest, Manifest) or whole.header.sources:
         return quick_sources(whole)
-    address = os.fspath(manifest)
-    beside = "://" in address or Path(address, "packs").is_dir()
-    return [_opened(address, whole)] if beside else []
+    address = os.fspath(manifest).rstrip("/")
+    folder = "." if address == "manifest.json" else address.removesuffix("/manifest.json")
+    beside = "://" in folder or Path(folder, "packs").is_dir()
+    return [_opened(folder, whole)] if beside else []
 
 
 def _opened(source: Source | str | os.PathLike[str], manifest: Manifest) -> Source:

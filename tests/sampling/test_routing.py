@@ -45,6 +45,17 @@ def test_it_keeps_the_contract_and_says_what_its_generator_says():
     assert has_latents(latent)
 
 
+class Measured(Noise):
+    report = {"ms_per_volume": 1.0}
+
+
+def test_it_tells_what_its_generator_took_and_nothing_of_others():
+    assert RoutedGenerator(NOISE, Measured()).report == Measured.report
+    assert RoutedGenerator(NOISE, Noise()).report is None
+    copy = pickle.loads(pickle.dumps(RoutedGenerator(NOISE, Measured())))
+    assert copy.report is None
+
+
 def test_it_computes_here_and_in_workers_asks_the_service(rows, home):
     routed = RoutedGenerator(NOISE, Noise())
     assert torch.equal(routed.sample(rows), Noise().sample(rows))
@@ -73,6 +84,18 @@ def test_a_service_with_other_weights_is_refused(rows):
     with pytest.raises(GeneratorError, match="holds noise-00112233, expected ffeeddcc"):
         routed.share()
     assert torch.equal(routed.sample(rows), Noise().sample(rows))
+
+
+def test_a_copy_never_computes_with_other_weights(rows):
+    copy = pickle.loads(pickle.dumps(RoutedGenerator(NOISE, Noise())))
+    assert torch.equal(copy.sample(rows), Noise().sample(rows))
+    other = Noise()
+    other.digest = "ffeeddccbbaa"
+    copy = pickle.loads(pickle.dumps(RoutedGenerator(NOISE, other)))
+    with pytest.raises(
+        GeneratorError, match="sampled:Noise is noise-00112233 here, expected noise-ffee"
+    ):
+        copy.sample(rows)
 
 
 def test_where_there_can_be_no_service_it_goes_on_here(rows, home, tmp_path, caplog):
