@@ -160,8 +160,6 @@ where, ids, limit, extrapolate
                 f"dtype must be 'float16' or 'float32' for {self.manifest.name}, whose volumes are "
                 f"not stored as bytes; found {dtype!r}"
             )
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"seed must lie in [0, 2**64), found {seed}")
         if isinstance(sources, (str, os.PathLike)):
             raise UsageError(f"sources must be a list of sources and folders, found {sources!r}")
         if isinstance(generator, str):
@@ -170,7 +168,7 @@ where, ids, limit, extrapolate
             made_by = packed_by(self.manifest)
         self.resolver = Resolver(
             self.manifest,
-            Path(store).expanduser() if store is not None else home() / "store",
+            Path(store).expanduser().absolute() if store is not None else home() / "store",
             generator,
             made_by=made_by,
             sources=quick_sources(self.manifest)
@@ -184,7 +182,7 @@ where, ids, limit, extrapolate
         self.transform = transform
         self.dtype = dtype
         self.meta_tensor = meta_tensor
-        self.seed = seed
+        self.seed = whole("seed", seed, below=2**64)
         self._covariates = _columns(self.manifest.table, units)
         # Not Python strings: counting references to them would copy every page a worker touches.
         self._ids = self.manifest.table.index.to_numpy(dtype=np.str_)

@@ -152,7 +152,9 @@ def run_demo(
         volumes=len(dataset),
         first_epoch=first,
         second_epoch=second,
-        bytes_stored=sum(resolver.path(i).stat().st_size for i in range(len(dataset))),
+        bytes_stored=sum(
+            resolver.path(i).stat().st_size for i in np.flatnonzero(resolver.stored()).tolist()
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,9 @@ def load_generator(name: str, **sampling: Any) -> Generator:
         if name != PREFERRED:
             _warn_once(name)
     if ":" in name:
-        return _imported(name)(**sampling)
+        make = _imported(name)
+        _check_callable(name, make, sampling)
+        return make(**sampling)
     if name not in GENERATORS:
         _check_installed(name)
         return _from_weights(find_weights(name), sampling)
@@ -122,11 +125,21 @@ def _imported(name: str) -> Callable[..., Generator]:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise GeneratorError(
             f"cannot load generator {name!r}: {error}; expected 'package.module:callable' "
             "with a module that new processes can import"
         ) from None
+
+
+def _check_callable(name: str, make: Any, sampling: dict[str, Any]) -> None:
+    try:
+        inspect.signature(make).bind(**sampling)
+    except TypeError as error:
+        asked = f"with {', '.join(sorted(sampling))}" if sampling else "without arguments"
+        raise GeneratorError(f"{name!r} cannot be called {asked}: {error}") from None
+    except ValueError:  # some built-in callables do not tell theirs
+        return
 
 
 def _check_installed(name: str) -> None:

@@ -30,6 +30,7 @@ from synthbrain.header import Geometry, Header
 from synthbrain.manifest import Manifest
 from synthbrain.publish.tables import POINTER, VOLUME, describe, voxel_features, voxel_row
 from synthbrain.quantise import Array, intensities
+from synthbrain.rows import PUBLISHED
 from synthbrain.shard import ShardLayout
 from synthbrain.sources.extents import Bytes, Extent
 from synthbrain.sources.url import open_bytes
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from synthbrain.dataset import Sample, SynthBrainDataset
+    from synthbrain.resolver import Resolver
 
 DType = Literal["float32", "float16", "uint8"]
 
@@ -328,5 +330,13 @@ def _fingerprint(dataset: SynthBrainDataset, dtype: str) -> str:
     facts = [
         synthbrain.__version__, header.rows_digest, dataset.resolver.made_by, dtype,
         header.geometry.model_dump(), header.conditional, dataset.manifest.positions.tolist(),
+        header.content_digest or _published_files(dataset.resolver),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _published_files(resolver: Resolver) -> list[tuple[str, int]]:
+    """Files of published volumes and their times: other than recipes, rows do not tell them."""
+    rows = np.flatnonzero(resolver.manifest.table["origin"] == PUBLISHED)
+    paths = [resolver.path(row) for row in rows.tolist()]
+    return [(str(path.absolute()), path.stat().st_mtime_ns) for path in paths if path.exists()]

@@ -18,7 +18,7 @@ import numpy as np
 from generation.covariates import NAMES
 from generation.preprocess import VERSION
 from generation.unires import version
-from synthbrain.errors import SynthBrainError, UsageError
+from synthbrain.errors import ManifestError, SynthBrainError, UsageError
 from synthbrain.header import Geometry, Header, Licence
 from synthbrain.progress import track
 from synthbrain.rows import PUBLISHED, make_table, split_of
@@ -228,8 +228,10 @@ class Preparation:
         manifest = Manifest.create(self._header(), self._rows([r.id for r in records]))
         store = Resolver(manifest, self.out / "store").published
         for position, record in enumerate(records):
-            if not store.has(position):
-                store.write_shard(position, record.kept(self._kept, ".shard").read_bytes())
+            shard = record.kept(self._kept, ".shard").read_bytes()
+            if not store.has(position) or store.path(position).read_bytes() != shard:
+                store.path(position).unlink(missing_ok=True)  # of a scan that was since corrected
+                store.write_shard(position, shard)
         manifest.save(self.out / "manifest", overwrite=True)
 
     def _header(self) -> Header:
@@ -286,12 +288,16 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises
     ------
     ManifestError
-        As :func:`synthbrain.participants.read_participants`.
+        No UTF-8 text, or as :func:`synthbrain.participants.read_participants`.
     """
     from synthbrain.participants import read_participants
 
     wanted = {name.lower() for own, others in ALIASES.items() for name in (own, *others)}
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 text ({error}); save it as one") from None
+    lines = [line.split("\t") for line in text.splitlines()]
     used = [i for i, cell in enumerate(lines[0]) if cell.strip().lower() in wanted] if lines else []
     cells = [[line[i].strip() if i < len(line) else "" for i in used] for line in lines]
     whole = [row for row in cells if not {"", "n/a", "nan"} & {cell.lower() for cell in row}]

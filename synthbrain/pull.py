@@ -13,9 +13,17 @@ import numpy as np
 from synthbrain.errors import ManifestError, SourceError
 from synthbrain.home import home
 from synthbrain.manifest import Manifest
+from synthbrain.participants import read_participants
 from synthbrain.resolver import Resolver
+from synthbrain.rows import digest_rows
 from synthbrain.sources.archive import ArchiveVolumes
-from synthbrain.sources.opening import SourceOptions, archive_of, learn_rows, open_sources
+from synthbrain.sources.opening import (
+    SourceOptions,
+    archive_of,
+    learn_rows,
+    learnt_path,
+    open_sources,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,8 +79,8 @@ class Pull:
         ----------
         manifest
             One whose rows are still in its archive has them read first.
-        where
-            SourceOptions to fetch from, beyond what its header says.
+        options
+            Where to fetch from, beyond what its header says.
         store
             Folder of stored volumes; ``store/`` in the package's home by default.
         table
@@ -84,11 +92,14 @@ class Pull:
         Raises
         ------
         ManifestError, SourceError, UsageError
-            The rows cannot be had, a source cannot be opened, or nothing is selected.
+            The rows cannot be had or are not those of ``table``, a source cannot be opened, or
+            nothing is selected.
         """
         sources = open_sources(manifest, options)
         if manifest.header.rows_digest is None:
             manifest = _with_rows(manifest, sources, table)
+        elif table is not None:
+            _check_table(manifest, table)
         limit = selection.pop("limit", None)
         candidates = manifest.select(**selection)
         blind = limit is not None and cls._blind(sources, candidates.select(limit=limit))
@@ -197,8 +208,24 @@ def _with_rows(manifest: Manifest, sources: list[Source], table: Path | None) ->
             f"the rows of {manifest.name} lie in its archive, and no source given has that; pass "
             "--torrent, --url or --from with the archive"
         )
+    return learn_rows(manifest, archive, None if table is None else _read(table))
+
+
+def _check_table(manifest: Manifest, table: Path) -> None:
+    """Refuse a table that is not the one the rows came from: it would change nothing."""
+    archive = manifest.header.archive
+    aliases = {} if archive is None else archive.column_aliases
+    if digest_rows(read_participants(_read(table), aliases, str(table))) != (
+        manifest.header.rows_digest
+    ):
+        raise ManifestError(
+            f"the rows of {manifest.name} are known, and {table} holds others; leave it out, or "
+            f"delete {learnt_path(manifest.name)} if that is where they were read before"
+        )
+
+
+def _read(table: Path) -> bytes:
     try:
-        data = None if table is None else table.read_bytes()
+        return table.read_bytes()
     except OSError as error:
         raise SourceError(f"cannot read {table}: {error.strerror}") from None
-    return learn_rows(manifest, archive, data)

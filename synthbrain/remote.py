@@ -6,12 +6,15 @@ import hashlib
 import os
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from synthbrain.errors import ManifestError, SourceError
+from synthbrain.files import aside, write
 from synthbrain.header import Header, PacksSource
 from synthbrain.home import home
+from synthbrain.rows import digest_rows, read_rows
 from synthbrain.sources.extents import Bytes, Extent
 from synthbrain.sources.url import hub_address, open_bytes
-from synthbrain.store import publish
 
 HEADER, ROWS = "manifest.json", "rows.parquet"
 
@@ -54,18 +57,33 @@ def pinned(header: Header, folder: Path) -> Header:
     """
     if folder.parent.name != "snapshots":
         return header
+    repo = folder.parents[1].name.removeprefix("datasets--").replace("--", "/")
+    header = _with_packs(header, f"hf://datasets/{repo}")
     sources = {
         name: source.model_copy(update={"url": f"{source.url}@{folder.name}"})
-        if isinstance(source, PacksSource) and _is_repository(source.url)
+        if isinstance(source, PacksSource) and _is_repository(source.url, repo)
         else source
         for name, source in header.sources.items()
     }
     return header.model_copy(update={"sources": sources})
 
 
-def _is_repository(url: str) -> bool:
-    """Whether an address names a repository of the Hub, without a revision."""
-    return url.startswith("hf://") and hub_address(url)[1:] == (None, "")
+def _with_packs(header: Header, address: str) -> Header:
+    """The header of a set that was packed before it was known where it would lie."""
+    made_by = header.provenance.get("made_by")
+    named = any(isinstance(source, PacksSource) for source in header.sources.values())
+    if made_by is None or named:
+        return header
+    try:
+        packs = PacksSource(kind="packs", url=address, made_by=made_by)
+    except ValidationError:  # provenance is free text
+        return header
+    return header.model_copy(update={"sources": {"packs": packs, **header.sources}})
+
+
+def _is_repository(url: str, repo: str) -> bool:
+    """Whether an address names a certain repository of the Hub, without a revision."""
+    return url.startswith("hf://") and hub_address(url) == (repo, None, "")
 
 
 def _from_hub(base: str) -> Path:
@@ -110,9 +128,24 @@ def _from_url(base: str) -> Path:
     kept = folder / (header.rows_digest or "none")
     kept.mkdir(parents=True, exist_ok=True)
     if header.rows_digest is not None and not (kept / ROWS).exists():
-        publish(kept / ROWS, _whole(open_bytes(f"{base}/{ROWS}"), ROWS), keep=Path.exists)
-    publish(kept / HEADER, text, keep=lambda path: path.exists() and path.read_bytes() == text)
+        with aside(kept / ROWS) as scratch:
+            scratch.write_bytes(_whole(open_bytes(f"{base}/{ROWS}"), ROWS))
+            _check_rows(scratch, header, base)
+    write(kept / HEADER, _with_packs(header, base).text().encode())
     return kept
+
+
+def _check_rows(path: Path, header: Header, base: str) -> None:
+    """Refuse rows of another manifest: once kept, they would be taken for this one's for ever."""
+    try:
+        sound = digest_rows(read_rows(path)[0]) == header.rows_digest
+    except ManifestError:
+        sound = False
+    if not sound:
+        raise ManifestError(
+            f"{base}/{ROWS} does not belong to its header; if it is just being published, open it "
+            "again later"
+        )
 
 
 def _whole(file: Bytes, name: str) -> bytes:

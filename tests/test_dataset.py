@@ -619,3 +619,21 @@ def test_every_seed_has_patches_of_its_own():
         for seed in (2**63 + 1, 2**63 + 1000, 2**64 - 1)
     }  # fmt: skip
     assert len(places) == 3
+
+
+def test_a_relative_store_stays_where_it_was(recorder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ds = SynthBrainDataset(tiny_manifest(2), store="here", generator=recorder())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ds.fill(progress=False)
+    assert (tmp_path / "here").is_dir()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1"])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(
+        UsageError, match="seed must be a whole number from 0 to 18446744073709551615"
+    ):
+        SynthBrainDataset(tiny_manifest(2), generator=None, seed=seed)

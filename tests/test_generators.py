@@ -146,3 +146,19 @@ def test_geometry_follows_the_generator():
     assert (found.shape, found.chunks) == ((192, 224, 192), (96, 112, 96))
     assert found.orientation == "LPS"
     assert geometry_of(LatentDiffusion(RandomWeights(load_preset("ukb-ldm")))) == Geometry()
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling", "says"),
+    [
+        ("synthbrain.testing:TinyGenerator", {"steps": 5}, "cannot be called with steps: got an"),
+        ("synthbrain.testing:check_store", {}, "cannot be called without arguments: missing"),
+        ("os:sep", {}, "is not a callable object"),
+        (".testing:TinyGenerator", {}, "expected 'package.module:callable'"),
+        ("synthbrain.testing:Nothing", {}, "expected 'package.module:callable'"),
+    ],
+)
+def test_what_is_imported_must_make_a_generator(name, sampling, says):
+    with pytest.raises(GeneratorError, match=says):
+        load_generator(name, **sampling)
+    assert load_generator("synthbrain.testing:TinyGenerator", batch_size=3).batch_size == 3

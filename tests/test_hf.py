@@ -1,6 +1,7 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from local_hub import LocalHub
@@ -200,3 +201,18 @@ class TestToHf:
             to_hf(latents)
         with pytest.raises(UsageError, match="image must be"):
             to_hf(halves, image="int8")
+
+
+def test_published_volumes_of_one_store_are_not_taken_for_anothers(tmp_path):
+    tiny = tiny_manifest(3)
+    table = tiny.table.assign(origin="published", seed=pd.array([pd.NA] * 3, dtype="Int64"))
+    manifest = Manifest.create(tiny.header, table)
+    files = []
+    for value in (10, 20):
+        dataset = SynthBrainDataset(manifest, generator=None, store=tmp_path / str(value))
+        for row in range(3):
+            dataset.resolver.published.write(row, np.full(TINY.shape, value, np.uint8))
+        found = to_hf(dataset)
+        assert np.unique(found[1]["volume"]).tolist() == [value]
+        files.append(found.cache_files)
+    assert to_hf(dataset).cache_files == files[1] != files[0]

@@ -218,6 +218,23 @@ def test_a_lost_volume_is_made_again(raw, done, tmp_path):
     assert (out / f"{record.key}.shard").exists()
 
 
+def test_a_corrected_scan_replaces_its_volume(head, tmp_path):
+    voxels, affine = head
+    out = tmp_path / "ready"
+    job = Preparation(put(tmp_path / "raw" / "a.nii.gz", voxels, affine).parent, out,
+                      unconditional=True, geometry=SMALL)  # fmt: skip
+    job.run(progress=False)
+    (before,) = contents(out)
+    put(tmp_path / "raw" / "a.nii.gz", voxels**0.8, affine)
+    (record,) = job.run(progress=False)
+    (after,) = contents(out)
+    assert after != before
+    assert after == record.kept(out / "scans", ".shard").read_bytes()
+    times = [path.stat().st_mtime_ns for path in out.rglob("c.*")]
+    job.run(progress=False)
+    assert [path.stat().st_mtime_ns for path in out.rglob("c.*")] == times
+
+
 def test_the_command_says_what_it_did(raw, done):
     app = typer.Typer()
     app.callback()(lambda: None)
@@ -258,6 +275,9 @@ def test_what_cannot_be_prepared_is_refused_at_once(raw, tmp_path):
     (tmp_path / "ages.tsv").write_text("participant_id\tage\nsub-01\t60\n")
     with pytest.raises(ManifestError, match="columns for sex"):
         Preparation(raw, tmp_path / "out", tmp_path / "ages.tsv")
+    (tmp_path / "latin.tsv").write_bytes(TABLE.replace("right", "dr\xfcben").encode("latin-1"))
+    with pytest.raises(ManifestError, match="is not UTF-8 text"):
+        Preparation(raw, tmp_path / "out", tmp_path / "latin.tsv")
 
 
 def test_unires_is_used_where_it_is_installed(head, tmp_path):

@@ -77,6 +77,19 @@ def test_rows_may_come_from_a_table_of_ones_own(released, home, tmp_path):
     assert same(released, pull.resolver, [0, 1])
 
 
+def test_a_table_that_would_change_nothing_is_refused(released, home, tmp_path):
+    from released import table
+
+    mine, other = tmp_path / "mine.tsv", tmp_path / "other.tsv"
+    mine.write_bytes(table(["sub-000007", "sub-000001"]))
+    other.write_bytes(table(["sub-000007", "sub-000002"]))
+    Pull.of(released.open(), from_tar(released), table=mine)
+    known = Manifest.open("tiny-set")
+    assert len(Pull.of(known, from_tar(released), table=mine).chosen) == 2  # run again
+    with pytest.raises(ManifestError, match=r"other.tsv holds others; .* delete .*tiny-set"):
+        Pull.of(known, from_tar(released), table=other)
+
+
 def test_rows_that_nobody_has_are_told_with_what_to_do(released):
     with pytest.raises(ManifestError, match="--torrent, --url or --from"):
         Pull.of(released.open())
@@ -197,6 +210,11 @@ def test_a_remote_tar_is_indexed_from_its_headers(large, nginx, home):
     assert len(list(pull.run())) == 1
     assert same(large, pull.resolver, pull.rows)
     assert sum(answer["sent"] for answer in nginx.log) < large.tar.stat().st_size * 0.7
+
+
+def test_a_signed_address_is_one_of_the_archive(large, nginx, home):
+    pull = Pull.of(large.open(), from_url(f"{nginx.url}/SET.tar?X-Amz-Signature=a/b"), limit=1)
+    assert len(list(pull.run())) == 1
 
 
 def test_the_header_may_name_the_mirror(large, nginx, home):

@@ -6,7 +6,7 @@ from local_hub import LocalHub
 
 from synthbrain import Manifest
 from synthbrain.errors import ManifestError, SourceError
-from synthbrain.header import PacksSource
+from synthbrain.header import Header, PacksSource
 from synthbrain.testing import tiny_manifest
 
 
@@ -92,11 +92,45 @@ def test_what_is_no_manifest_is_refused(home):
             Manifest.open(f"{server.url}/other")
 
 
-def test_rows_of_another_manifest_are_refused(files, home, tmp_path):
+def test_rows_of_another_manifest_are_refused_and_not_kept(files, home, tmp_path):
     other = tiny_manifest(7).save(tmp_path / "other")
-    files["rows.parquet"] = (other / "rows.parquet").read_bytes()
-    with (
-        FaultyServer({f"set/{name}": data for name, data in files.items()}).running() as server,
-        pytest.raises(ManifestError, match="does not belong to its header"),
-    ):
-        Manifest.open(f"{server.url}/set")
+    served = {f"set/{name}": data for name, data in files.items()}
+    with FaultyServer(served).running() as server:
+        for wrong in ((other / "rows.parquet").read_bytes(), b"no Parquet"):
+            server.files["set/rows.parquet"] = wrong
+            with pytest.raises(ManifestError, match="does not belong to its header"):
+                Manifest.open(f"{server.url}/set")
+        server.files["set/rows.parquet"] = files["rows.parquet"]
+        assert len(Manifest.open(f"{server.url}/set")) == 5
+
+
+def packed(files, **update):
+    """A set's header as `synthbrain pack` writes it without --hub."""
+    header = Header.parse(files["manifest.json"].decode(), "here")
+    told = {"sources": {}, "provenance": {"made_by": "tiny-01234567"}} | update
+    return header.model_copy(update=told).text().encode()
+
+
+def test_a_set_packed_for_nowhere_has_its_packs_where_it_lies(files, hub):
+    files["manifest.json"] = packed(files)
+    with FaultyServer({f"set/{name}": data for name, data in files.items()}).running() as server:
+        (source,) = Manifest.open(f"{server.url}/set/").header.sources.values()
+        assert (source.url, source.made_by) == (f"{server.url}/set", "tiny-01234567")
+    hub.repos["datasets/org/tiny"]["manifest.json"] = files["manifest.json"]
+    (source,) = Manifest.open("hf://datasets/org/tiny").header.sources.values()
+    assert source.url == f"hf://datasets/org/tiny@{hub.head('datasets/org/tiny', 'main')}"
+
+
+def test_a_manifest_without_packs_is_given_none(files):
+    for about in ({}, {"made_by": "me and my friends"}):
+        files["manifest.json"] = packed(files, provenance=about)
+        with FaultyServer({f"s/{name}": data for name, data in files.items()}).running() as server:
+            assert Manifest.open(f"{server.url}/s").header.sources == {}
+
+
+def test_packs_of_another_repository_are_not_of_this_ones_commit(files, hub):
+    elsewhere = PacksSource(kind="packs", url="hf://datasets/org/first", made_by="tiny-01234567")
+    copy = packed(files, sources={"hub": elsewhere})
+    hub.repos["datasets/org/tiny"]["manifest.json"] = copy
+    (source,) = Manifest.open("hf://datasets/org/tiny").header.sources.values()
+    assert source.url == elsewhere.url

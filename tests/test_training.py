@@ -1,6 +1,8 @@
 """Data for trainers, and runs on cohorts."""
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -162,6 +164,20 @@ def test_a_latent_is_mean_and_spread_of_the_encoder(training, tmp_path):
     (tmp_path / "latents" / f"{names[1]}.safetensors").write_bytes(b"half")
     with pytest.raises(TrainingError, match="delete it and run again"):
         Latents(tmp_path / "latents", names)[1]
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_latent(tmp_path):
+    network = Preset.model_validate(trainers.tiny(shape=SHAPE)).make("autoencoder")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match="latents before it are kept"):
+            list(encode(trainers.Volumes(), ["a"], network, tmp_path, torch.device("cpu")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.json"]
 
 
 def test_names_that_are_paths_are_refused(tmp_path):

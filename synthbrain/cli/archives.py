@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -51,7 +52,8 @@ def index(
     from synthbrain.sources.url import open_bytes
 
     source = open_bytes(archive)
-    name = archive.rstrip("/").rpartition("/")[2]
+    path = urlsplit(archive).path if "://" in archive else archive
+    name = path.rstrip("/").rpartition("/")[2]
     out = out or Path(f"{name}.index.parquet")
     found = ArchiveIndex.load(out) if out.exists() else ArchiveIndex(name)
     if found.size not in (None, source.size):
@@ -74,14 +76,16 @@ def seed(
         str, typer.Argument(metavar="TORRENT", help="A .torrent or a magnet link.",
                             show_default=False)
     ],
-    folder: Annotated[Path, typer.Option(metavar="DIR", help="SourceOptions its files are.")],
+    folder: Annotated[Path, typer.Option(metavar="DIR", help="Where its files are.")],
     ratio: Annotated[
         float | None, typer.Option(metavar="X", help="Stop after giving away X times its size.")
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(metavar="N", help="Stop after N minutes.")
     ] = None,
-    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on; 0 for any.")] = 0,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=0, max=65535, help="Port to listen on; 0 for any.")
+    ] = 0,
     peer: Peers = None,
     private: Private = False,
     upload_limit: UploadLimit = None,

@@ -37,8 +37,8 @@ _TOLD = (SynthBrainError, CovariateError, EvaluationError, TrainingError, Weight
 class Commands(TyperGroup):
     """A group whose errors are one line on stderr.
 
-    Exit codes: 0 ok, 1 problems were found, 2 an error of the user or of the system, 130
-    interrupted.
+    Exit codes: 0 ok, 1 problems were found, 2 an error of the user or of the system, 3 a condition
+    of ``evaluate`` is not met, 130 interrupted.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -71,6 +71,11 @@ def say(text: str) -> None:
 def hint(*command: str) -> None:
     """Say which command comes next."""
     say(f"next: {shlex.join(command)}")
+
+
+def again(option: str, value: object) -> tuple[str, ...]:
+    """An option as it was given, for a hint."""
+    return () if value is None else (option, str(value))
 
 
 def same_command(ctx: typer.Context) -> str:

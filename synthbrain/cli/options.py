@@ -103,6 +103,11 @@ class Selection:
     ] = None
     extrapolate: Extrapolate = False
 
+    @property
+    def given(self) -> bool:
+        """Whether any of them was."""
+        return self != Selection()
+
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of :meth:`synthbrain.Manifest.select`."""
         return {

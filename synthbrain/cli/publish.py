@@ -79,8 +79,8 @@ def torrent(
     ] = None,
     web_seed: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="Where the same file lies on a web server; may be "
-                     "repeated."),
+        typer.Option(metavar="URL", help="Where the same file, or what the folder lies in, is on "
+                     "a web server; may be repeated."),
     ] = None,
     piece_size: Annotated[
         int | None,
@@ -107,12 +107,13 @@ def torrent(
     if version not in _VERSIONS:
         raise UsageError(f"--version must be one of {', '.join(_VERSIONS)}; found {version!r}")
     out = out or path.with_name(f"{path.name}.torrent")
-    with measured("hashing", _bytes(path)) as show:
+    size = _bytes(path)
+    with measured("hashing", size) as show:
         meta = make_torrent(
             path, out, trackers=tracker or (), web_seeds=web_seed or (), comment=comment,
             piece_size=None if piece_size is None else piece_size * 1024, private=private,
             version=version,  # type: ignore[arg-type]
-            progress=lambda done, total: show(done * _bytes(path) // max(total, 1), path.name),
+            progress=lambda done, total: show(done * size // max(total, 1), path.name),
         )  # fmt: skip
     say(f"{len(meta.files):,} files in pieces of {meta.piece_length // 1024:,} KiB")
     print(out)
@@ -155,16 +156,23 @@ def publish(
     is whole. Refused while the licence is unknown, unless --rights states yours.
     """
     from synthbrain.home import home
+    from synthbrain.publish.folder import contents
     from synthbrain.publish.hub import publish as upload
 
     if (Path(cohort) / "packs").is_dir():
+        if selection.given or any((folder, rights, author, latents, voxels, stored_only, store,
+                                   made_by)):  # fmt: skip
+            raise UsageError(
+                f"{cohort} is a folder from `synthbrain pack` and is uploaded as it is; leave out "
+                "what says what goes into it, or name the cohort"
+            )
         ready = Path(cohort)
     else:
         options = {"rights": rights, "authors": author or (), "latents": latents,
                    "voxels": voxels, "stored_only": stored_only, "repo_id": hub}  # fmt: skip
         where = folder or home() / "publish" / hub.replace("/", "--")
         ready = _build(cohort, selection, where, store, made_by, options).folder
-    files = [path for path in ready.rglob("*") if path.is_file()]
+    files = [ready / path for path in contents(ready)]
     say(f"{len(files):,} files, {sum(p.stat().st_size for p in files) / 1e6:,.1f} MB for {hub}")
     if dry_run:
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synthbrain.cli.console import examples, hint, interrupted, say
+from synthbrain.cli.console import again, examples, hint, interrupted, same_command, say
 from synthbrain.cli.options import DryRun, Overwrite, Selection, StoreFolder, selecting
 from synthbrain.cli.swarm import (
     SWARM,
@@ -22,6 +22,7 @@ from synthbrain.errors import UsageError
 from synthbrain.sizes import byte_count
 
 if TYPE_CHECKING:
+    from synthbrain.manifest import Manifest
     from synthbrain.plan import Plan
     from synthbrain.pull import Pull
     from synthbrain.sources.opening import SourceOptions
@@ -113,7 +114,6 @@ def pull(
     Safe to interrupt and to run again: what is stored is kept. Where nothing says where in an
     archive a volume lies, --limit takes whichever come first.
     """
-    from synthbrain.manifest import Manifest
     from synthbrain.sources.opening import SourceOptions
 
     swarm: dict[str, Any] = {
@@ -122,6 +122,12 @@ def pull(
         "timeout": timeout,
     }  # fmt: skip
     if manifest.endswith(".torrent"):
+        if selection.given or any((from_, url, torrent, only, index, participants, originals,
+                                   any_affine, save, store, scratch, overwrite)):  # fmt: skip
+            raise UsageError(
+                "a .torrent is fetched whole, with --to alone; for some of its volumes name their "
+                f"manifest: synthbrain pull ldm-100k --torrent {manifest}"
+            )
         _pull_whole(ctx, manifest, to, swarm, dry_run=dry_run)
         return
     if to is not None:
@@ -131,7 +137,7 @@ def pull(
         originals=originals, any_affine=any_affine, scratch=scratch,
         scratch_limit=byte_count(scratch_limit, "--scratch-limit"), torrent_options=swarm,
     )  # fmt: skip
-    _pull_rows(ctx, Manifest.open(manifest), given, selection, store, participants,
+    _pull_rows(ctx, manifest, given, selection, store, participants,
                save=save, dry_run=dry_run, overwrite=overwrite)  # fmt: skip
 
 
@@ -150,7 +156,7 @@ def register(app: typer.Typer) -> None:
 
 def _pull_rows(
     ctx: typer.Context,
-    manifest: Any,
+    name: str,
     options: SourceOptions,
     selection: Selection,
     store: Path | None,
@@ -160,17 +166,28 @@ def _pull_rows(
     dry_run: bool,
     overwrite: bool,
 ) -> None:
+    from synthbrain.manifest import Manifest
     from synthbrain.pull import Pull
 
+    manifest = Manifest.open(name)
     job = Pull.of(manifest, options, store=store, table=participants, **selection.keywords())
     try:
         plan = job.plan()
         _announce(job, plan)
-        if not dry_run:
-            _run(ctx, job, plan)
-            _kept(job, manifest.name, save, overwrite=overwrite)
+        if dry_run:
+            return
+        _run(ctx, job, plan)
     finally:
         job.close()
+    if save is not None:
+        print(_saved(job).save(_cohorts() / save, overwrite=overwrite))
+        hint("synthbrain", "verify", save, *again("--store", store))
+    elif job.count is not None:
+        say(f"next: {same_command(ctx)} --save mine")
+    else:
+        # Rows that were just learnt are found by the manifest's own name alone.
+        known = name if manifest.header.rows_digest is not None else manifest.name
+        hint("synthbrain", "export", known, "--out", "volumes", *again("--store", store))
 
 
 def _announce(job: Pull, plan: Plan) -> None:
@@ -193,18 +210,10 @@ def _run(ctx: typer.Context, job: Pull, plan: Plan) -> None:
     say(f"{new:,} new volumes in {job.folder / job.manifest.store_key}")
 
 
-def _kept(job: Pull, name: str, save: str | None, *, overwrite: bool) -> None:
-    """Say, or save, what can be loaded now."""
+def _saved(job: Pull) -> Manifest:
+    """The rows asked for, as a cohort."""
     stored = job.resolver.stored(job.rows)
-    if save is not None:
-        ids = job.chosen.table.index[stored]
-        cohort = job.manifest.select(ids=ids)
-        print(cohort.save(_cohorts() / save, overwrite=overwrite))
-        hint("synthbrain", "verify", save)
-    elif job.count is not None:
-        hint("synthbrain", "pull", name, "--limit", str(job.count), "--save", "mine")
-    else:
-        hint("synthbrain", "export", name, "--limit", str(int(stored.sum())), "--out", "volumes")
+    return job.manifest.select(ids=job.chosen.table.index[stored][: job.count])
 
 
 def _cohorts() -> Path:

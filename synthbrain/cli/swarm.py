@@ -45,7 +45,7 @@ def addresses(peers: list[str] | None) -> tuple[tuple[str, int], ...]:
     def parsed() -> Iterator[tuple[str, int]]:
         for text in peers or ():
             host, _, port = text.rpartition(":")
-            if not host or not port.isdigit():
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
                 raise UsageError(f"--peer must be HOST:PORT, found {text!r}")
             yield host.strip("[]"), int(port)
 
@@ -53,5 +53,11 @@ def addresses(peers: list[str] | None) -> tuple[tuple[str, int], ...]:
 
 
 def rate(text: str | None) -> int:
-    """Bytes a second of a rate such as 2MB or 500kB/s; 0 where there is none."""
-    return 0 if text is None else byte_count(text.removesuffix("/s"), "a rate")
+    """Bytes a second of a rate such as 2MB or 500kB/s; 0 where there is none.
+
+    Raises
+    ------
+    UsageError
+        It is no rate, or 0, which libtorrent would take for no limit.
+    """
+    return 0 if text is None else byte_count(text.removesuffix("/s"), "a rate", least=1)

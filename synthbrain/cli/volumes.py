@@ -11,6 +11,7 @@ import typer
 
 from synthbrain.cli.console import (
     PROBLEMS,
+    again,
     examples,
     hint,
     interrupted,
@@ -61,7 +62,7 @@ def fill(
         raise interrupted(ctx, where) from None
     say(f"{made:,} new, {len(dataset):,} stored in {_folder(dataset)}")
     out = f"{Path(cohort).name}-bids"
-    hint("synthbrain", "export", cohort, "--out", out, *_again("--store", store))
+    hint("synthbrain", "export", cohort, "--out", out, *again("--store", store))
 
 
 @selecting
@@ -102,7 +103,7 @@ def verify(
     say(f"{len(present):,} checked, {len(found):,} damaged{told}, {missing:,} not stored")
     if len(found) > mended:
         next_one = ("fill", cohort) if repair else ("verify", cohort, "--repair")
-        hint("synthbrain", *next_one, *_again("--store", store))
+        hint("synthbrain", *next_one, *again("--store", store))
         raise typer.Exit(PROBLEMS)
 
 
@@ -241,11 +242,6 @@ def _only_stored(dataset: SynthBrainDataset, cohort: str) -> SynthBrainDataset:
     say(f"note: {len(missing):,} rows are not stored and left out; --generator auto makes them")
     rest: dict[str, Any] = {"generator": None, "made_by": dataset.resolver.made_by}
     return type(dataset)(dataset.manifest.select(ids=stored), store=dataset.resolver.folder, **rest)
-
-
-def _again(option: str, value: object) -> tuple[str, ...]:
-    """An option as it was given, for a hint."""
-    return () if value is None else (option, str(value))
 
 
 def _folder(dataset: SynthBrainDataset) -> Path:

@@ -63,9 +63,17 @@ def contents(folder: Path) -> list[str]:
 
 
 def refuse_other_set(folder: Path, store: Store) -> None:
-    """Raise where the folder holds packs of other volumes, which a build would replace."""
+    """Raise where the folder holds packs of other volumes, or what a build never made.
+
+    A build would replace either.
+    """
     packs = sorted((folder / PACKS).glob("block-*.zarr.zip"))
     if not packs:
+        if others := contents(folder):
+            raise UsageError(
+                f"{folder} holds {others[0]} and no packs: it is no publishable folder, and that "
+                "file would be lost; choose another"
+            )
         return
     try:
         with zipfile.ZipFile(packs[0]) as archive:

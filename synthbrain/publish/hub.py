@@ -12,8 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from synthbrain.errors import UsageError
@@ -135,7 +134,8 @@ class _Upload:
         kept = set(self._local)
         stale = [
             path for path in self._there
-            if path not in kept and any(fnmatch(path, pattern) for pattern in DATA)
+            if path not in kept
+            and any(PurePosixPath("/", path).match(f"/{pattern}") for pattern in DATA)
         ]  # fmt: skip
         operations: list[Any] = [CommitOperationDelete(path) for path in stale]
         if not self._is_there(MANIFEST):

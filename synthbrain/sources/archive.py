@@ -116,6 +116,7 @@ class ArchiveVolumes:
         self, ids: Sequence[str], count: int, geometry: Geometry
     ) -> Iterator[tuple[str, Array]]:
         """Yield ``count`` of some volumes, those that are nearest to hand first."""
+        self._check_index()
         given: set[str] = set()
         known = dict(sorted(self._known(ids).items())[:count])
         try:
@@ -154,6 +155,13 @@ class ArchiveVolumes:
         if self.index_path is not None and self.index.members and known != self._kept:
             self.index.save(self.index_path)
             self._kept = known
+
+    def _check_index(self) -> None:
+        if self.index.size not in (None, self.bytes.size):
+            raise SourceError(
+                f"the index is of an archive of {self.index.size:,} bytes, {self.name} has "
+                f"{self.bytes.size:,}; delete {self.index_path}, or pass another with --index"
+            )
 
     @property
     def _may_search(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from synthbrain.errors import SourceError
 from synthbrain.header import ArchiveSource, Licence, PacksSource, TorrentSource
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
     from synthbrain.header import Header
     from synthbrain.sources.base import Source
 
+log = logging.getLogger("synthbrain")
+
 _SCRATCH_LIMIT = 20_000_000_000
 _DESCRIPTION_LIMIT = 2**20
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """SourceOptions to fetch from, and how, beyond what a manifest's header says.
+    """Where to fetch from, and how, beyond what a manifest's header says.
 
     Parameters
     ----------
@@ -69,7 +73,7 @@ class SourceOptions:
 
 
 def open_sources(manifest: Manifest, options: SourceOptions = SourceOptions()) -> list[Source]:
-    """The sources of a manifest: those given, then those of its header, in its order.
+    """The sources of a manifest: those given, then the others of its header, in its order.
 
     Raises
     ------
@@ -82,13 +86,15 @@ def open_sources(manifest: Manifest, options: SourceOptions = SourceOptions()) -
     if options.torrent is not None:
         torrent = torrents[0] if torrents else None
         opened.append(_archive(manifest, _torrent(torrent, options.torrent, options), options))
-    if not options.only:
-        for source in manifest.header.sources.values():
-            if isinstance(source, TorrentSource):
-                if options.torrent is None:
-                    opened.append(_archive(manifest, _torrent(source, None, options), options))
-            elif (found := _quick(manifest, source, options)) is not None:
-                opened.append(found)
+    if options.only:
+        return opened
+    given = {source.name for source in opened}
+    for source in manifest.header.sources.values():
+        if isinstance(source, TorrentSource):
+            if options.torrent is None:
+                opened.append(_archive(manifest, _torrent(source, None, options), options))
+        elif (found := _quick(manifest, source, options)).name not in given:
+            opened.append(found)
     return opened
 
 
@@ -115,8 +121,13 @@ def packed_by(manifest: Manifest) -> str | None:
 
 
 def index_path(name: str) -> Path:
-    """SourceOptions the index of a manifest's archive is kept."""
+    """Where the index of a manifest's archive is kept."""
     return home() / "indexes" / f"{name}.parquet"
+
+
+def learnt_path(name: str) -> Path:
+    """Where a manifest is kept whose rows were read out of its archive."""
+    return home() / "manifests" / name
 
 
 def learn_rows(manifest: Manifest, source: ArchiveVolumes, table: bytes | None = None) -> Manifest:
@@ -146,7 +157,7 @@ def learn_rows(manifest: Manifest, source: ArchiveVolumes, table: bytes | None =
     rows = read_participants(data, archive.column_aliases, archive.participants)
     header = manifest.header.model_copy(update={"licence": _licence(manifest.header, source)})
     learnt = Manifest.create(header, rows)
-    learnt.save(home() / "manifests" / manifest.name, overwrite=True)
+    learnt.save(learnt_path(manifest.name), overwrite=True)
     return learnt
 
 
@@ -175,7 +186,7 @@ def _given_folder(manifest: Manifest, path: Path, options: SourceOptions) -> Sou
 
 
 def _given_url(manifest: Manifest, url: str, options: SourceOptions) -> Source:
-    if url.endswith((".tar", ".zip")):
+    if urlsplit(url).path.endswith((".tar", ".zip")):  # a signed address goes on behind it
         return _archive(manifest, open_bytes(url), options)
     return PackVolumes(manifest, url, made_by=packed_by(manifest))
 
@@ -187,18 +198,28 @@ def _archive(manifest: Manifest, bytes: Bytes, options: SourceOptions) -> Archiv
             f"{bytes.name} cannot serve {manifest.name}, whose header describes no archive"
         )
     path = index_path(manifest.name)
-    if options.index is not None:
-        index = ArchiveIndex.load(options.index)
-    else:
-        index = ArchiveIndex.load(path) if path.exists() else ArchiveIndex(archive.name)
     return ArchiveVolumes(
         archive,
         bytes,
-        index,
+        _index(archive.name, bytes, options.index, path),
         index_path=path,
         originals=options.originals,
         any_affine=options.any_affine,
     )
+
+
+def _index(archive: str, bytes: Bytes, given: Path | None, kept: Path) -> ArchiveIndex:
+    """The index given, else the one kept, unless it is of another copy: a tar may have grown."""
+    if given is None and not kept.exists():
+        return ArchiveIndex(archive)
+    index = ArchiveIndex.load(given or kept)
+    if not isinstance(bytes, FileBytes) or index.size in (None, bytes.size):
+        return index  # what is not on disk is not asked for its size before it is needed
+    other = f"is the index of an archive of {index.size:,} bytes, {bytes.name} has {bytes.size:,}"
+    if given is not None:
+        raise SourceError(f"{given} {other}; make one of it with `synthbrain index`")
+    log.warning("%s %s; what it says is not used", kept, other)
+    return ArchiveIndex(archive)
 
 
 def _torrent(source: TorrentSource | None, torrent: str | None, options: SourceOptions) -> Bytes:

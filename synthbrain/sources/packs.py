@@ -111,6 +111,7 @@ class PackVolumes:
 
     def _said(self) -> str:
         """What the pack of the first row says made its volumes."""
+        self._manifest.require_rows()
         block = int(self._manifest.positions[0]) // BLOCK
         pack, directory = self._pack(block), self._directory(block)
         try:

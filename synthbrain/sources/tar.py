@@ -32,6 +32,10 @@ _EXTENDED = {tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}
 _LONG_NAME = tarfile.GNUTYPE_LONGNAME
 _NO_MEMBER = {*_EXTENDED, tarfile.XGLTYPE, _LONG_NAME, tarfile.GNUTYPE_LONGLINK}
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE}
+_NO_DATA = {
+    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+}  # fmt: skip
 _EXTENDED_LIMIT = 2**20
 _SCAN = 2**20
 _KEY = b"synthbrain"
@@ -236,8 +240,7 @@ def _refuse_early_end(index: ArchiveIndex, read: Read, size: int) -> None:
         info = _header(read(Extent(offset, BLOCK)), offset)
         if info is None:
             return
-        data = Extent(offset + BLOCK, info.size)
-        offset = _padded(data.end) if info.type in _NO_MEMBER else data.offset
+        offset = _padded(offset + BLOCK + info.size)
     if offset > size:
         raise SourceError(
             f"{index.archive} ends at {size:,}, inside what its header at {index.walked:,} "
@@ -255,8 +258,8 @@ def _header(block: bytes, offset: int) -> tarfile.TarInfo | None:
         raise SourceError(f"no tar header at {offset:,} ({error})") from None
     if info.size < 0:
         raise SourceError(f"header at {offset:,} announces {info.size} bytes")
-    if info.type not in {*_REGULAR, *_NO_MEMBER}:
-        info.size = 0  # links, devices and folders have no data, whatever they say
+    if info.type in _NO_DATA:
+        info.size = 0  # whatever they say
     return info
 
 

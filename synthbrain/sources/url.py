@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from synthbrain.errors import SourceError
 from synthbrain.header import SCHEMES
@@ -61,7 +62,7 @@ def open_bytes(url: str | os.PathLike[str]) -> Bytes:
     if scheme not in SCHEMES:
         raise SourceError(f"cannot read {url}: expected an address of {', '.join(SCHEMES)}")
     if scheme == "file":
-        return FileBytes(Path(rest))
+        return FileBytes(Path(unquote(rest)))
     if scheme == "hf":
         return hub_file(str(url))
     return HttpBytes(str(url)) if scheme in ("http", "https") else RemoteBytes(str(url))
@@ -353,6 +354,8 @@ class RemoteBytes:
                 return action(*self._place)
             except (FileNotFoundError, PermissionError) as error:
                 raise SourceError(f"cannot read {self.url}: {_reason(error)}") from None
+            except SourceError:
+                raise
             except Exception as error:
                 problem = _reason(error)
             time.sleep(_PAUSE * 2**attempt)
@@ -381,7 +384,7 @@ def _parallel(
         try:
             while True:
                 while len(running) < _THREADS and (job := next(queue, None)) is not None:
-                    running[pool.submit(get, job[0])] = job
+                    running[pool.submit(_asked, get, job[0])] = job
                 if not running:
                     return
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -392,6 +395,10 @@ def _parallel(
                         yield extent, data[start : start + extent.size]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _asked(get: Callable[[Extent], bytes], request: Extent) -> bytes:
+    return get(request) if request.size else b""  # no range can say nothing
 
 
 def _cost(extents: Sequence[Extent], where: str) -> Cost:

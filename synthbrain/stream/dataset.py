@@ -115,15 +115,21 @@ class SynthBrainStream(SynthBrainDataset):
             )
         if generator is None and made_by is None:
             made_by = next((s.made_by for s in opened if s.made_by != PUBLISHED), None)
-        folder = Path(cache).expanduser() if cache is not None else home() / "cache" / "stream"
         super().__init__(
-            whole, sources=opened, store=folder, generator=generator, made_by=made_by, **options
+            whole,
+            sources=opened,
+            store=home() / "cache" / "stream" if cache is None else cache,
+            generator=generator,
+            made_by=made_by,
+            **options,
         )
         plain = self.resolver
         made = plain.made_by if plain.generator is not None else None
         self.resolver = StreamResolver(
             **{each.name: getattr(plain, each.name) for each in fields(plain) if each.init},
-            cache=Cache(folder / whole.store_key, limit, recovery=Recoverable(whole, opened, made)),
+            cache=Cache(
+                plain.folder / whole.store_key, limit, recovery=Recoverable(whole, opened, made)
+            ),
         )
 
     def __repr__(self) -> str:

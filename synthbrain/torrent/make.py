@@ -92,7 +92,9 @@ def make_torrent(
     """
     path = Path(os.path.abspath(Path(path).expanduser()))
     files = _files(path)
-    size = piece_size or choose_piece_size(sum(file.size for file in files), version)
+    size = piece_size
+    if size is None:
+        size = choose_piece_size(sum(file.size for file in files), version)
     if size < 16 << 10 or size & (size - 1):
         raise SourceError(f"piece size {size}: expected a power of two, 16384 or more")
     torrent = lt.create_torrent(files, size, _FLAGS[version] | lt.create_torrent.no_attributes)

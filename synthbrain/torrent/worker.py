@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -140,7 +141,8 @@ class Worker:
         params.upload_limit = self._task.upload_limit
         self._handle = self._session.add_torrent(params)
         for host, port in self._task.peers:
-            self._handle.connect_peer((host, port))
+            for address in _addresses(host, port):
+                self._handle.connect_peer(address)
 
     def _obey(self, command: dict[str, Any] | None) -> None:
         if command is None:
@@ -324,6 +326,15 @@ class Worker:
             self._session.pause()
             self._save(force=True)
             self._await(lt.save_resume_data_alert, 5.0)
+
+
+def _addresses(host: str, port: int) -> list[tuple[str, int]]:
+    """Where a peer may be: libtorrent takes numbers, people write names."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SourceError(f"no peer {host}:{port} ({error.strerror}); check its name") from None
+    return [(str(address[0]), port) for *_, address in found]
 
 
 def main() -> None:

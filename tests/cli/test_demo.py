@@ -61,3 +61,13 @@ def test_a_small_demo_from_python(whole_head, tmp_path):
     assert (done.made, done.volumes) == (2, 2)
     assert done.picture.is_file()
     assert done.store.is_relative_to(tmp_path / "store")
+
+
+@pytest.mark.filterwarnings("ignore::synthbrain.resolver.ReadOnlyStoreWarning")
+def test_a_store_that_keeps_nothing_is_no_hindrance(whole_head, small_disk, tmp_path):
+    disk, remount = small_disk("1m")
+    remount("ro")
+    done = run_demo(tmp_path / "out", ages=(50,), ventricles=(20,), generator="tiny",
+                    store=disk / "store", progress=False)  # fmt: skip
+    assert (done.made, done.bytes_stored) == (1, 0)
+    assert done.picture.exists()

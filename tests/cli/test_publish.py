@@ -1,5 +1,6 @@
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 from local_hub import LocalHub
@@ -109,3 +110,24 @@ def test_a_torrent_of_packs(run, filled, tmp_path):
     assert result.stdout.strip() == str(tmp_path / "packs.torrent")
     assert "pieces of 64 KiB" in result.stderr
     assert run("torrent", tmp_path / "packs", "--version", "3").exit_code == 2
+
+
+def test_a_folder_of_packs_is_uploaded_as_it_is(run, filled, hub, tmp_path):
+    run("pack", filled, "--out", tmp_path / "packs")
+    (tmp_path / "packs" / "notes.txt").write_text("mine")
+    line = ("publish", tmp_path / "packs", "--hub", "org/tiny")
+    for option in (("--limit", "1"), ("--voxels",), ("--rights", "mine"), ("--folder", "x")):
+        refused = run(*line, *option)
+        assert refused.exit_code == 2
+        assert "is uploaded as it is" in refused.stderr
+    assert hub.log == []
+    assert "9 files" in run(*line, "--dry-run").stderr
+
+
+def test_the_files_of_a_torrent_are_listed_once(run, filled, tmp_path, monkeypatch):
+    run("pack", filled, "--out", tmp_path / "packs")
+    listed, rglob = [], Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, *a: listed.append(path) or rglob(path, *a))
+    result = run("torrent", tmp_path / "packs", "--piece-size", "16")
+    assert result.exit_code == 0, result.output
+    assert len(listed) <= 2, "it takes as many listings as there are pieces"

@@ -1,11 +1,13 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from faulty import FaultyServer
 from released import release
 from servers import Nginx
 
@@ -49,9 +51,55 @@ def test_what_came_first_can_be_saved_as_a_cohort(run, released, home):
     assert result.exit_code == 0, result.output
     assert "those that come first are taken" in result.stderr
     cohort = Manifest.open("four")
-    assert len(cohort) >= 4
+    assert len(cohort) == 4
     assert Resolver(cohort, home / "store").stored().all()
     assert run("verify", "four").exit_code == 0
+    run(*line[:-1], "more", "--limit", "7")
+    run(*line[:-1], "two", "--limit", "2")
+    assert (len(Manifest.open("more")), len(Manifest.open("two"))) == (7, 2)
+
+
+def next_line(result):
+    """The command that comes next, as words."""
+    return shlex.split(lines(result)[-1].removeprefix("next: synthbrain "))
+
+
+def test_what_comes_next_works(run, released, home, tmp_path):
+    line = ("pull", released.manifest, "--from", released.tar, "--store", tmp_path / "elsewhere")
+    pulled = run(*line, "--age", "60y:82y")  # not the first rows
+    exported = run(*next_line(pulled), "--format", "nifti")
+    assert exported.exit_code == 0, exported.output
+    assert len(list((tmp_path / "volumes").rglob("*.nii.gz"))) == 15
+    first = run(*line, "--limit", "17")
+    saved = run(*next_line(first))
+    assert saved.exit_code == 0, saved.output
+    assert run(*next_line(saved)).exit_code == 0
+
+
+def test_an_archive_that_grew_is_searched_anew(run, released, tmp_path):
+    data = released.tar.read_bytes()
+    tar = tmp_path / "SET.tar"
+    tar.write_bytes(data[: len(data) // 1024 * 512])
+    assert run("pull", released.manifest, "--from", tar).exit_code == 2
+    tar.write_bytes(data)
+    result = run("pull", "tiny-set", "--from", tar)
+    assert result.exit_code == 0, result.output
+    assert "index of an archive of" in result.stderr
+    assert "30 checked, 0 damaged" in run("verify", "tiny-set").stderr
+
+
+def test_an_index_of_another_copy_is_told(run, released, tmp_path):
+    run("pull", released.manifest, "--from", released.tar)
+    shorter = tmp_path / "SET.tar"
+    shorter.write_bytes(released.tar.read_bytes()[:-10240])
+    index = tmp_path / "home" / "indexes" / "tiny-set.parquet"
+    given = run("pull", "tiny-set", "--from", shorter, "--index", index, "--store", "s")
+    assert given.exit_code == 2
+    assert "make one of it with `synthbrain index`" in given.stderr
+    with FaultyServer({"SET.tar": shorter.read_bytes()}).running() as server:
+        remote = run("pull", "tiny-set", "--url", f"{server.url}/SET.tar", "--store", "s")
+    assert remote.exit_code == 2
+    assert f"delete {index}" in remote.stderr
 
 
 def test_an_index_is_made_and_used(run, released, home, tmp_path, monkeypatch):
@@ -114,6 +162,11 @@ def test_damage_is_mended_from_a_source(run, released, home, tmp_path):
         (["pull", "SET", "--to", "x"], "--to is for the files of a .torrent"),
         (["pull", "SET"], "--torrent, --url or --from"),
         (["pull", "x.torrent"], "--to DIR"),
+        (["pull", "x.torrent", "--to", "y", "--limit", "1"], "is fetched whole"),
+        (["pull", "x.torrent", "--to", "y", "--save", "z"], "is fetched whole"),
+        (["pull", "SET", "--peer", "localhost:65536"], "--peer must be HOST:PORT"),
+        (["pull", "SET", "--upload-limit", "0"], "must be 1 bytes or more"),
+        (["pull", "ldm-100k", "--url", "https://host/LDM_100k"], "lie in its archive"),
         (["pull", "x.torrent", "--to", "y"], "x.torrent"),
         (["pull", "SET", "--torrent", "x.torrent"], "x.torrent"),
         (["pull", "hf://nobody"], "is no address on the Hub"),

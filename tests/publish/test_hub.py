@@ -150,7 +150,8 @@ def test_only_what_belongs_to_the_set_is_sent(hub, folder):
 def test_a_set_that_replaces_another_is_not_whole_meanwhile(hub, folder, dataset, tmp_path):
     hub.repos[REPO] = {}
     publish(folder, "org/tiny", progress=False)
-    hub.repos[REPO]["docs/mine.txt"] = b"kept"
+    mine = {"docs/mine.txt": b"kept", "data/others/mine.parquet": b"kept"}
+    hub.repos[REPO] |= mine
     few = SynthBrainDataset(
         dataset.manifest, limit=5, generator=TinyGenerator(), store=dataset.resolver.folder
     )
@@ -162,7 +163,7 @@ def test_a_set_that_replaces_another_is_not_whole_meanwhile(hub, folder, dataset
     deleted = [item["value"]["path"] for item in last if item["key"] == "deletedFile"]
     assert deleted
     assert all(path.startswith(("volumes/", "data/")) for path in deleted)
-    assert hub.repos[REPO] == local_files(tmp_path / "few") | {"docs/mine.txt": b"kept"}
+    assert hub.repos[REPO] == local_files(tmp_path / "few") | mine
 
 
 def test_branches(hub, folder):

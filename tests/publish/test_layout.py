@@ -233,3 +233,18 @@ class TestRefusals:
         )  # fmt: skip
         with pytest.raises(UsageError, match="publish them apart"):
             build(mixed, tmp_path / "set", progress=False)
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(dataset, tmp_path):
+    mine = {"data/mine.parquet": b"mine", "README.md": b"# mine", "other.txt": b"mine"}
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    for name, data in mine.items():
+        (project / name).write_bytes(data)
+    with pytest.raises(UsageError, match="would be lost; choose another"):
+        build(dataset, project, progress=False)
+    assert bytes_of(project) == mine
+    cohort = dataset.manifest.save(tmp_path / "cohort")
+    with pytest.raises(UsageError, match="would be lost; choose another"):
+        build(dataset, cohort, progress=False)
+    assert len(Manifest.open(cohort)) == len(dataset)

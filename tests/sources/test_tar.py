@@ -151,3 +151,14 @@ def test_names_that_take_forever_are_refused():
     data = info.tobuf(tarfile.GNU_FORMAT) + bytes(BLOCK)
     with pytest.raises(SourceError, match="announces 1,073,741,824 bytes of names"):
         list(walk(reader(data), whole(data)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, b"Z"])
+def test_members_of_rare_kinds_are_passed_over_with_their_data(kind):
+    data = bytearray(archive([("a", 600), ("b", 1000), ("c", 10)]))
+    info = tarfile.TarInfo("b")
+    info.size, info.type = 1000, kind
+    data[3 * BLOCK : 4 * BLOCK] = info.tobuf(tarfile.GNU_FORMAT)
+    index = ArchiveIndex("a.tar")
+    assert [m.path for m in extend(index, reader(bytes(data)), len(data))] == ["a", "c"]
+    assert index.complete

@@ -163,6 +163,7 @@ def test_connections_do_not_cross_processes(remote):
 def test_addresses_are_told_apart(tmp_path):
     assert isinstance(open_bytes(tmp_path / "a.tar"), FileBytes)
     assert isinstance(open_bytes(f"file://{tmp_path}/a.tar"), FileBytes)
+    assert open_bytes((tmp_path / "a b.tar").as_uri()) == FileBytes(tmp_path / "a b.tar")
     assert isinstance(open_bytes("https://host/a.tar"), HttpBytes)
     assert open_bytes("hf://datasets/org/name@v1/packs/a.zip").name.startswith("hf://")
     for odd in ("ftp://host/a", "javascript://x", "gopher://a", "local+pickle://x"):
@@ -184,3 +185,9 @@ def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "short").write_bytes(b"abc")
     with pytest.raises(SourceError, match="ends inside"):
         list(FileBytes(tmp_path / "short").read([Extent(0, 10)]))
+
+
+def test_an_extent_without_bytes_needs_no_request(remote, server):
+    wanted = [Extent(4_000_000, 0), Extent(0, 10)]
+    assert sorted(remote.read(wanted)) == [(Extent(0, 10), DATA[:10]), (Extent(4_000_000, 0), b"")]
+    assert len(server.log) == 1

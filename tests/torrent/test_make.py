@@ -77,3 +77,9 @@ def test_nothing_and_links_are_refused(tmp_path):
 def test_a_folder_of_this_machine_in_the_comment_is_warned_of(file, tmp_path, caplog):
     make_torrent(file, tmp_path / "x.torrent", comment=f"from {tmp_path}")
     assert "of this machine" in caplog.text
+
+
+def test_no_size_of_pieces_is_not_any_size(file, tmp_path):
+    for size in (0, -1, 3 << 14):
+        with pytest.raises(SourceError, match="expected a power of two"):
+            make_torrent(file, tmp_path / "x.torrent", piece_size=size)

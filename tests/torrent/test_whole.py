@@ -152,3 +152,13 @@ def test_a_port_that_is_taken_is_told(small, small_torrent):
         with pytest.raises(SourceError, match=f"port {port} is in use; choose another"):
             for _ in seed(small_torrent, small.folder, private=True, port=port, seconds=10):
                 pass
+
+
+def test_a_peer_may_be_named(small, tmp_path):
+    torrent = small.torrent(64 << 10)
+    port = peers.free_port()
+    with contextlib.closing(seed(torrent, small.folder, private=True, port=port)) as seeding:
+        assert any(status.finished for status in itertools.islice(seeding, 10))
+        fetch(torrent, tmp_path / "whole", peers=[("localhost", port)])
+    with pytest.raises(SourceError, match=r"no peer nowhere\.invalid:1 "):
+        fetch(torrent, tmp_path / "other", peers=[("nowhere.invalid", 1)])
