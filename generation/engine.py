@@ -178,7 +178,8 @@ class RowNoise:
     Parameters
     ----------
     seeds
-        One per row, any Python integer below 2**64.
+        One per row, any Python integer below 2**64; PyTorch's generator on the CPU looks at the
+        lowest 32 bits alone.
     shape
         Of one row.
 

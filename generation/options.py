@@ -60,8 +60,7 @@ class Options:
             raise ValueError(f"steps must be at least 1, found {self.steps}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {self.dtype!r}")
-        if self.place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device!r} needs a GPU, and PyTorch sees none here")
+        find_device(self.device)
 
     @classmethod
     def published(cls, preset: Preset, **others: Any) -> Options:
@@ -103,6 +102,24 @@ class Options:
             "spacing": spacing,
             "dtype": str(self.type).removeprefix("torch."),
         }
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """A device by its name; the first GPU by default, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        There is none of that name here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; expected cpu, cuda or cuda:1") from None
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise ValueError(f"device {name!r} needs a GPU, and PyTorch sees {there or 'none'} here")
+    return device
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:

@@ -1,8 +1,8 @@
 """Whether a generator reproduces its training data: an audit of nearest neighbours.
 
 Everything here works on vectors ``(n, d)``, whatever they are: coarse voxels, latents, features of
-a network (:func:`vectors`). Similarity is Pearson's correlation, after the mean of real volumes
-has been taken away: all heads resemble the mean head, and what is left tells them apart.
+a network (:func:`vectors`). Similarity is Pearson's correlation, after the mean of the other real
+volumes has been taken away: all heads resemble the mean head, and what is left tells them apart.
 
 Two tests, both with members (training data) and real volumes that were held out:
 
@@ -30,13 +30,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from generation.errors import EvaluationError
-from generation.evaluate.vectors import Match, Share, correlations, unit, upper_quantile
+from generation.evaluate.vectors import Match, Share, correlations, polar, upper_quantile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -196,9 +196,8 @@ def audit(
     alpha
         Level of the verdict.
     centre
-        Take away the mean of real samples, training and held-out counting the same. With fewer
-        than some 50 of each the threshold gets too low by it; in both roles, so that the tests
-        still hold.
+        Take away the mean of real samples: of all but those that are compared, because a sample
+        is less like others once a mean it is part of is taken away.
     worst
         How many pairs to return.
     controls
@@ -220,27 +219,33 @@ def audit(
         are not finite or are constant, or a planted copy of no training sample.
     """
     _check(training, synthetic, held_out)
-    middle = (training.double().mean(0) + held_out.double().mean(0)) / 2 if centre else None
-    members, made, others = (unit(v, middle) for v in (training, synthetic, held_out))
-    to_members, to_others = correlations(made, members), correlations(made, others)
-    between = correlations(members, others)
+    middle = _middle(training, held_out) if centre else None
+    members, made, others = (_Centred(*polar(v, middle)) for v in (training, synthetic, held_out))
+    real = len(training) + len(held_out) if centre else None
+    to_members, to_others = (_alike(made, them, real) for them in (members, others))
+    between = _alike(members, others, real, both=True)
     finding = _finding(to_members, to_others, between, level=level, draw=_draws(seed, 0))
-    chosen = _draws(seed, 1).permutation(len(members))[:most]
-    among = correlations(members[chosen], members[chosen])
+    chosen = _draws(seed, 1).permutation(len(training))[:most]
+    some = _Centred(members.directions[chosen], members.lengths[chosen])
+    among = _alike(some, some, real, both=True)
     halvings = [
         _halved(to_members[:, chosen], among, level=level, draw=_draws(seed, 2, k))
         for k in range(controls)
     ]
     return Audit(
         space=space,
-        training=len(members),
-        synthetic=len(made),
-        held_out=len(others),
+        training=len(training),
+        synthetic=len(synthetic),
+        held_out=len(held_out),
         expected=1 - level,
         finding=finding,
         control=sorted(halvings, key=lambda found: found.p)[len(halvings) // 2],
         power={
-            dose: _power(unit(copies, middle), members, origins, threshold=finding.threshold)
+            dose: _power(
+                _alike(_Centred(*polar(copies, middle)), members, real),
+                origins,
+                threshold=finding.threshold,
+            )
             for dose, (copies, origins) in (planted or {}).items()
         },
         worst=_worst(to_members, worst),
@@ -280,6 +285,46 @@ def _check(training: Tensor, synthetic: Tensor, held_out: Tensor) -> None:
                 f"found {name} vectors of shape {tuple(values.shape)}, expected (n, "
                 f"{training.shape[-1]}) with n of {least[name]} or more; give one vector a sample"
             )
+
+
+def _middle(training: Tensor, held_out: Tensor) -> Tensor:
+    total = training.double().sum(0) + held_out.double().sum(0)
+    return total / (len(training) + len(held_out))
+
+
+class _Centred(NamedTuple):
+    """Vectors relative to a centre: unit vectors ``(n, d)``, and lengths ``(n,)``."""
+
+    directions: Tensor
+    lengths: Tensor
+
+
+def _alike(first: _Centred, second: _Centred, real: int | None, *, both: bool = False) -> Floats:
+    """Correlations of all with all, ``(n, m)``.
+
+    Parameters
+    ----------
+    first, second
+        The second are real samples.
+    real
+        How many the centre is the mean of; each pair is taken relative to that of the others.
+    both
+        Whether the first are real samples too.
+    """
+    cosines = correlations(first.directions, second.directions)
+    if real is None:
+        return cosines
+    unit = second.lengths.max()  # or products of large ones would overflow
+    a, b = (first.lengths / unit).numpy()[:, None], (second.lengths / unit).numpy()
+    products = cosines * a * b
+    # Without some samples the centre moves by their sum, relative to it, times this.
+    w = 1 / (real - 1 - both)
+    p, q = (1 + w, w) if both else (1.0, 0.0)
+    squares = (p * a) ** 2 + 2 * p * w * products + (w * b) ** 2
+    squares *= (q * a) ** 2 + 2 * q * (1 + w) * products + ((1 + w) * b) ** 2
+    products *= p * (1 + w) + w * q
+    products += p * q * a**2 + w * (1 + w) * b**2
+    return np.asarray(products / np.sqrt(squares), np.float32)
 
 
 def _finding(
@@ -349,14 +394,14 @@ def _halved(
     return _finding(to_members[:, first], to_members[:, second], between, level=level, draw=draw)
 
 
-def _power(copies: Tensor, members: Tensor, origins: Sequence[int], *, threshold: float) -> Power:
+def _power(alike: Floats, origins: Sequence[int], *, threshold: float) -> Power:
+    copies, members = alike.shape
     origin = np.asarray(origins)
-    if len(origin) != len(copies) or not ((origin >= 0) & (origin < len(members))).all():
+    if len(origin) != copies or not ((origin >= 0) & (origin < members)).all():
         raise EvaluationError(
-            f"found {len(copies)} planted copies with origins {list(origins)[:8]}; expected the "
-            f"index of one of {len(members)} training samples for each"
+            f"found {copies} planted copies with origins {list(origins)[:8]}; expected the "
+            f"index of one of {members} training samples for each"
         )
-    alike = correlations(copies, members)
     return Power(
         found=Share.counted(alike.max(1) > threshold),
         traced=Share.counted(alike.argmax(1) == origin),

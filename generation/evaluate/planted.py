@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,8 @@ class Planted:
     def __getitem__(self, index: int) -> Tensor:
         """A copy ``(1, x, y, z)``, float32, in [0, 1]."""
         origin = self.origins[index]
-        return altered(self.volumes[origin], self.dose, seed=(self.seed << 32) + origin)
+        mixed = np.random.SeedSequence((self.seed, origin)).generate_state(1)
+        return altered(self.volumes[origin], self.dose, seed=int(mixed[0]))
 
 
 def altered(volume: Tensor, dose: Dose, *, seed: int = 0) -> Tensor:

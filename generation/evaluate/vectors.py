@@ -158,9 +158,15 @@ def rerank(
 
 def unit(values: Tensor, centre: Tensor | None) -> Tensor:
     """Vectors whose scalar products are correlations, float32 on the CPU."""
+    return polar(values, centre)[0]
+
+
+def polar(values: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`unit`, and ``(n,)`` how long they were once centre and mean were taken away."""
     middle = None if centre is None else centre.detach().cpu().double()
     values = values.detach().cpu()
     found = torch.empty(values.shape, dtype=torch.float32)
+    lengths = []
     for part, out in zip(values.split(_ROWS), found.split(_ROWS), strict=True):
         part = part.double() if middle is None else part.double() - middle
         part = part - part.mean(1, keepdim=True)
@@ -171,7 +177,8 @@ def unit(values: Tensor, centre: Tensor | None) -> Tensor:
                 "vary; check the volumes they come from"
             )
         out.copy_(part / norms)
-    return found
+        lengths.append(norms[:, 0].float())
+    return found, torch.cat(lengths)
 
 
 def correlations(first: Tensor, second: Tensor) -> Floats:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Count = Annotated[int, Field(gt=0)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Strict(BaseModel):
@@ -25,9 +26,9 @@ class ScheduleSpec(_Strict):
     """A discrete noise schedule: ``steps`` betas from ``start`` to ``end``."""
 
     kind: Literal["linear", "scaled_linear"]
-    start: float
-    end: float
-    steps: int
+    start: Beta
+    end: Beta
+    steps: Count
 
 
 class SamplerSpec(_Strict):

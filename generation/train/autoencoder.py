@@ -53,10 +53,7 @@ class AutoencoderTask:
             self._perceptual, self.perceptual = perceptual_loss(settings.perceptual_network)
         self._reduction = 2 ** (len(settings.system.networks[NETWORK]["channels"]) - 1)
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
-        if settings.crop is not None and any(side % self._reduction for side in settings.crop):
-            raise TrainingError(
-                f"crop must be multiples of {self._reduction}, found {list(settings.crop)}"
-            )
+        self._check_crop()
 
     def turns(self, step: int) -> Sequence[str]:
         """The autoencoder; then, once it started, the discriminator."""
@@ -112,6 +109,17 @@ class AutoencoderTask:
             parts["fooling"] = self._verdict(made, 1.0)
             total = total + self._adversarial(step) * parts["fooling"]
         return total, parts
+
+    def _check_crop(self) -> None:
+        crop, shape = self.settings.crop, self.settings.system.shape
+        if crop is None:
+            return
+        if any(side % self._reduction for side in crop):
+            raise TrainingError(f"crop must be multiples of {self._reduction}, found {list(crop)}")
+        if any(side > most for side, most in zip(crop, shape, strict=True)):
+            raise TrainingError(
+                f"crop must fit into volumes of {list(shape)}, found {list(crop)}; make it smaller"
+            )
 
     def _adversarial(self, step: int) -> float:
         settings = self.settings

@@ -34,10 +34,11 @@ def write(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
     try:
         torch.save(state, scratch)
         os.replace(scratch, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # PyTorch's own of a disk that is full
+        reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"cannot write {path} ({error.strerror}); earlier checkpoints are intact: make room "
-            "and run again"
+            f"cannot write {path} ({reason}); earlier checkpoints are intact: make room and run "
+            "again"
         ) from error
     finally:
         scratch.unlink(missing_ok=True)

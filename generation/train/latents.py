@@ -88,7 +88,8 @@ def encode(
     Raises
     ------
     TrainingError
-        The folder holds latents of another autoencoder, or a name cannot be a file's.
+        The folder holds latents of another autoencoder or cannot be written to, or a name cannot
+        be a file's.
     """
     _claim(folder, autoencoder)
     model: Any = autoencoder.to(device).eval()
@@ -144,11 +145,16 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     scratch = path.with_suffix(f".{os.getpid()}.partial")
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, scratch)
         os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot write {path} ({error}); latents before it are kept: make room and run again"
+        ) from None
     finally:
         scratch.unlink(missing_ok=True)

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from generation.engine import peak_bytes
 from generation.errors import TrainingError
 from generation.train import checkpoints
+from generation.train.networks import seeded
 from generation.train.settings import Settings
 from generation.train.sheets import Picture, draw_sheet
-from generation.train.world import World, checks, draws, row_of
+from generation.train.world import World, checks, draws, pass_seed, row_of
 
 SHEETS = "sheets"
 """Where in a run's folder sample sheets are."""
@@ -60,10 +61,13 @@ class Batch:
         Stacked tensors by name, on the device.
     draws
         For each sample, what is random about it.
+    seed
+        What the networks' own randomness begins with.
     """
 
     samples: Sample
     draws: Sequence[torch.Generator]
+    seed: int = 0
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal values for each sample, ``(n, *shape)``, on the device."""
@@ -254,17 +258,18 @@ class Run:
     def _take_step(self, feed: list[Sample]) -> dict[str, float]:
         told: dict[str, Tensor] = {}
         batches = self._batches(feed)
+        shares = [len(batch.draws) / len(feed) for batch in batches]
         for player in self.task.turns(self.step):
             for name, module in self.task.modules.items():
                 module.requires_grad_(name == player)
             module, optimiser = self.task.modules[player], self._optimisers[player]
             optimiser.zero_grad(set_to_none=True)
-            for batch in batches:
-                with self._precision():
+            for batch, share in zip(batches, shares, strict=True):
+                with self._precision(), seeded(batch.seed):
                     loss, parts = self.task.loss(player, batch, self.step)
-                (loss / len(batches)).backward()
+                (loss * share).backward()
                 for name, value in {player: loss, **parts}.items():
-                    told[name] = told.get(name, 0) + value.detach().float() / len(batches)
+                    told[name] = told.get(name, 0) + value.detach().float() * share
             self.world.average_gradients(module)
             norm = nn.utils.clip_grad_norm_(module.parameters(), self.settings.clip)
             if not torch.isfinite(norm):
@@ -302,16 +307,19 @@ class Run:
             self._batch(
                 feed[start : start + size],
                 [draws(settings.seed, self.step, place) for place in places[start : start + size]],
+                pass_seed(settings.seed, self.step, places[start]),
             )
             for start in range(0, len(places), size)
         ]
 
-    def _batch(self, samples: Sequence[Sample], randomness: Sequence[torch.Generator]) -> Batch:
+    def _batch(
+        self, samples: Sequence[Sample], randomness: Sequence[torch.Generator], seed: int = 0
+    ) -> Batch:
         stacked = {
             name: torch.stack([sample[name] for sample in samples]).to(self.world.device)
             for name in samples[0]
         }
-        return Batch(stacked, randomness)
+        return Batch(stacked, randomness, seed)
 
     def _places(self, most: int) -> range:
         return range(min(most, len(self.held_out or self.data)))
@@ -401,7 +409,6 @@ class Run:
             for name, value in state["averages"][player].items():
                 average[name].copy_(value)
         self.task.restore(state["task"])
-        torch.set_rng_state(state["random"])
         self.step = int(state["step"])
 
     def _state(self) -> dict[str, Any]:
@@ -412,5 +419,4 @@ class Run:
             "optimisers": {name: o.state_dict() for name, o in self._optimisers.items()},
             "averages": self.averages,
             "task": self.task.state(),
-            "random": torch.get_rng_state(),
         }

@@ -22,6 +22,7 @@ _SHOWN = 60
 Positive = Annotated[float, Field(gt=0)]
 Natural = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -95,11 +96,11 @@ class Settings(_Strict):
     learning_rate: Positive
     rates: dict[str, Positive] = {}
     weight_decay: Natural = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     warm_up: Annotated[int, Field(ge=0)] = 0
     half_life: Natural = 0.0
     clip: Positive = 1.0
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    average: Decay = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     augment: Augmentation = Augmentation()
     keep_every: Annotated[int, Field(ge=0)] = 1000
@@ -133,7 +134,7 @@ class DiffusionSettings(Settings):
     system: Preset
     drop_conditions: Share = 0.0
     objective: Literal["mse", "l1"] = "mse"
-    latent_scale: float | Literal["measured"] = 1.0
+    latent_scale: Positive | Literal["measured"] = 1.0
 
 
 class AutoencoderSettings(Settings):

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_NOISE, _ORDER, _CHECKS = 1, 2, 3
+from generation.errors import TrainingError
+from generation.options import find_device
+
+_NOISE, _ORDER, _CHECKS, _PASSES = 1, 2, 3, 4
 _BUCKET = 64 << 20
 
 
@@ -37,11 +40,20 @@ class World:
 
     @classmethod
     def of_environment(cls, device: str | None = None) -> World:
-        """As ``torchrun`` says (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), joined; or alone."""
+        """As ``torchrun`` says (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), joined; or alone.
+
+        Raises
+        ------
+        TrainingError
+            There is no such device, or none for this process.
+        """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        place = torch.device(found, local) if found == "cuda" else torch.device(found)
+        try:
+            place = find_device(f"cuda:{local}" if found == "cuda" else found)
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
         if size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
         return cls(rank, size, place)
@@ -112,9 +124,26 @@ def checks(seed: int, place: int) -> torch.Generator:
     return _generator(_CHECKS, seed, place)
 
 
+def pass_seed(seed: int, step: int, place: int) -> int:
+    """What a network's own randomness, such as dropout, begins with in a pass.
+
+    Parameters
+    ----------
+    seed, step
+        As of :func:`draws`.
+    place
+        Of the pass's first sample: with dropout, how a batch is shared changes the result.
+    """
+    return _mixed(_PASSES, seed, step, place)
+
+
 def _generator(*words: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_mixed(*words))
+
+
+def _mixed(*words: int) -> int:
     high, low = np.random.SeedSequence(words).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(high) << 31 | int(low) >> 1)
+    return int(high) << 31 | int(low) >> 1
 
 
 @lru_cache(maxsize=4)

@@ -60,8 +60,6 @@ class Inputs:
         SynthBrainError, WeightsError, EvaluationError, TrainingError
             Something is not there.
         """
-        import torch
-
         from generation.evaluate import features
         from generation.evaluate.regressor import load_regressor
         from synthbrain.evaluation.diversity import check_measures
@@ -72,7 +70,7 @@ class Inputs:
         if self.measures is not None:
             check_measures(self.measures)
         parts = PARTS if self.parts is None else tuple(self.parts)
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._device()
         synthetic = self._set(self.synthetic, None if self.generator == "none" else self.generator)
         regressor = None if self.regressor is None else load_regressor(self.regressor, device)
         return Evaluation(
@@ -93,6 +91,14 @@ class Inputs:
             device=device,
             seed=self.seed,
         )
+
+    def _device(self) -> str:
+        from generation.options import find_device
+
+        try:
+            return str(find_device(self.device))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def _check_labels(self) -> None:
         if self.labels is None:

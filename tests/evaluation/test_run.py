@@ -19,7 +19,9 @@ from generation.evaluate.ssim import Ssim
 from synthbrain import SynthBrainDataset
 from synthbrain.errors import UsageError
 from synthbrain.evaluation import diversity
+from synthbrain.evaluation.memorisation import memorisation
 from synthbrain.evaluation.metrics import part_of
+from synthbrain.evaluation.opening import Inputs
 from synthbrain.evaluation.run import Evaluation, plain
 from synthbrain.evaluation.sets import VolumeSet
 from synthbrain.header import Geometry
@@ -279,6 +281,19 @@ def test_one_volume_is_measured_as_far_as_it_goes(volumes, tmp_path):
     )
     assert "2 or more" in results["memorisation"]["duplicates"]["voxels"]["missing"]
     assert (tmp_path / "report.html").exists()
+
+
+def test_more_synthetic_than_real_volumes_are_no_collapse(volumes):
+    real, made = volumes(40, seed=1, name="real"), volumes(200)
+    found = memorisation(made, real.split("train"), real.without("train"), progress=False)
+    share = found["duplicates"]["voxels"]["share"]
+    assert share["of"] == 20
+    assert share["count"] <= 5
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_opened(tmp_path):
+    with pytest.raises(UsageError, match="unknown device 'gpu'"):
+        Inputs(synthetic="nothing", folder=tmp_path, device="gpu").open()
 
 
 def test_label_maps_cannot_be_swept(volumes, tmp_path):

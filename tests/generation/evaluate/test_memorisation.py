@@ -51,6 +51,39 @@ def test_a_held_out_set_much_smaller_than_the_training_set_is_enough():
     assert flagged <= 3
 
 
+@pytest.mark.parametrize(("training", "held_out"), [(400, 60), (60, 400)])
+def test_sets_of_different_size_raise_no_false_alarm(training, held_out):
+    sizes = {"training": training, "held_out": held_out, "synthetic": 1000, "most": 40}
+    p = [run(seed=seed, **sizes).finding.p_nearer for seed in range(12)]
+    assert sum(value < 0.05 for value in p) <= 2
+
+
+@pytest.mark.parametrize(("training", "held_out"), [(30, 10), (100, 20), (30, 30)])
+def test_few_volumes_in_many_dimensions_raise_no_false_alarm(training, held_out):
+    def found(seed):
+        sets = (points(n, 3 * seed + k, 300) for k, n in enumerate((training, 200, held_out)))
+        return audit(*sets, space="points", controls=1)
+
+    assert sum(found(seed).finding.p < 0.05 for seed in range(20)) <= 3
+
+
+def test_the_centre_is_the_mean_of_the_real_samples_that_are_not_compared():
+    real, made, others = (1e15 * points(n, seed).double() for seed, n in enumerate((7, 3, 5)))
+    whole = torch.cat([real, others])
+
+    def alike(first, second, *left_out):
+        centre = whole[[i for i in range(12) if i not in left_out]].mean(0)
+        return np.corrcoef(first - centre, second - centre)[0, 1]
+
+    found = audit(real, made, others, space="points", controls=1, level=1.0)
+    for sample, match, similarity in found.worst:
+        each = [alike(made[sample], real[i], i) for i in range(7)]
+        assert similarity == pytest.approx(max(each), abs=1e-5)
+        assert match == int(np.argmax(each))
+    between = [alike(real[i], others[j], i, 7 + j) for i in range(7) for j in range(5)]
+    assert found.finding.threshold == pytest.approx(max(between), abs=1e-5)
+
+
 def test_blur_is_no_copy():
     """Samples near the middle are more like everything: seen in both roles."""
     real, others = points(300, 0), points(300, 1)

@@ -48,6 +48,12 @@ def test_a_copy_does_not_depend_on_the_others():
     assert abs(noise) < 0.1
 
 
+def test_the_seed_of_copies_decides_about_their_noise():
+    copies = [Planted([VOLUME], [0], Dose("noise", 0.05), seed=seed)[0] for seed in (0, 1, 1)]
+    assert not torch.equal(copies[0], copies[1])
+    assert torch.equal(copies[1], copies[2])
+
+
 @pytest.mark.parametrize("dose", [Dose("noise", 0), Dose("shift", 0.5), Dose("blur", -1)], ids=str)
 def test_doses_that_cannot_be_are_refused(dose):
     with pytest.raises(EvaluationError, match="cannot alter"):

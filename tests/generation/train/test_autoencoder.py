@@ -44,6 +44,7 @@ def test_another_perceptual_loss_does_not_go_on_with_a_run(tmp_path):
     ("changes", "says"),
     [
         ({"crop": [12, 16, 16]}, "crop must be multiples of 8"),
+        ({"crop": [16, 16, 40]}, "crop must fit into volumes of"),
         ({"discriminator": {"chanels": 4}}, "setting discriminator: .*chanels"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import json
 import random
+import resource
+import signal
 
 import pytest
 import torch
@@ -51,6 +53,24 @@ def test_parts_of_a_batch_give_the_same_step(tmp_path, kind):
 
 
 @EVERY
+def test_parts_of_different_size_give_the_same_step(tmp_path, kind):
+    whole, _ = trained(kind, tmp_path / "a", until=2, batch=3)
+    parts, _ = trained(kind, tmp_path / "b", until=2, batch=3, accumulate=2)
+    assert difference(whole, parts) <= 1e-5
+
+
+def test_dropout_is_random_by_the_seed_alone_and_goes_on_with_a_run(tmp_path):
+    judge = {"channels": 4, "num_layers_d": 1}
+    changes = {"steps": 3, "adversarial_from": 0, "discriminator": judge | {"dropout": 0.5}}
+    whole, _ = trained("autoencoder", tmp_path / "whole", **changes)
+    trained("autoencoder", tmp_path / "parts", until=2, keep_every=1, **changes)
+    rest, _ = trained("autoencoder", tmp_path / "parts", keep_every=1, **changes)
+    assert difference(whole, rest) == 0
+    plain, _ = trained("autoencoder", tmp_path / "plain", **changes | {"discriminator": judge})
+    assert difference(whole, plain) > 0
+
+
+@EVERY
 def test_readers_beside_change_nothing(tmp_path, kind):
     alone, _ = trained(kind, tmp_path / "a", until=3)
     other = trainers.start(kind, tmp_path / "b")
@@ -82,6 +102,20 @@ def test_checkpoints_are_few_and_whole(tmp_path):
     (tmp_path / "step-000000006.pt").unlink()
     again, _ = trained("diffusion", tmp_path, keep=2)
     assert difference(run, again) == 0
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoints_before(tmp_path):
+    checkpoints.write(tmp_path, 1, {"a": torch.zeros(8)}, keep=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match="earlier checkpoints are intact"):
+            checkpoints.write(tmp_path, 2, {"a": torch.zeros(1 << 20)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
 
 
 def test_other_settings_are_not_mixed_in(tmp_path):
@@ -143,6 +177,14 @@ def test_draws_differ_by_step_and_place_alone():
         for place in range(5)
     }
     assert len(drawn) == 75
+
+
+@pytest.mark.parametrize(
+    ("device", "says"), [("gpu", "unknown device 'gpu'"), ("cuda:64", "'cuda:64' needs a GPU")]
+)
+def test_a_device_that_is_not_there_is_told(device, says):
+    with pytest.raises(TrainingError, match=says):
+        World.of_environment(device)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

@@ -68,6 +68,10 @@ def test_every_value_can_be_changed():
         ("batch=many", "setting batch: "),
         ("system.target=noise", "setting system.target"),
         ("average=1", "setting average"),
+        ("betas=[1.5,0.9]", "setting betas.0"),
+        ("latent_scale=0", "setting latent_scale"),
+        ("system.schedule.end=2", "setting system.schedule.end"),
+        ("system.schedule.steps=0", "setting system.schedule.steps"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(change, says):
