@@ -131,10 +131,21 @@ def recipes(drawn: dict[str, NDArray[Any]], *, stem: str, seed: int) -> pd.DataF
     ids = [f"{stem}{number:06d}" for number in range(count)]
     stream = np.random.Philox(key=np.array([seed, 0x5EED], np.uint64))
     columns = {name: drawn[name] for name in NAMES}
-    columns["seed"] = (stream.random_raw(count) >> np.uint64(1)).astype(np.int64)
+    columns["seed"] = _distinct_seeds(stream, count)
     columns["split"] = np.array([split_of(id) for id in ids], dtype=object)
     columns["origin"] = np.full(count, "recipe", dtype=object)
     return make_table(columns, ids)
+
+
+def _distinct_seeds(stream: np.random.Philox, count: int) -> NDArray[np.int64]:
+    """63-bit numbers that differ in their lowest 32 bits: noise is drawn from no more."""
+    seeds = stream.random_raw(count) >> np.uint64(1)
+    while True:
+        _, first = np.unique(seeds.astype(np.uint32), return_index=True)
+        if len(first) == count:
+            return seeds.astype(np.int64)
+        again = np.setdiff1d(np.arange(count), first)
+        seeds[again] = stream.random_raw(len(again)) >> np.uint64(1)
 
 
 def rounded(values: NDArray[Any], bounds: Range | None = None) -> NDArray[Any]:

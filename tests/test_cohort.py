@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from generation.covariates import NAMES
 from synthbrain import Manifest, SynthBrainDataset, draw_cohort
+from synthbrain.cohort import recipes
 from synthbrain.errors import CovariateError, UsageError
 from synthbrain.rows import split_of
 from synthbrain.testing import TINY, TinyGenerator, tiny_manifest
@@ -24,6 +26,15 @@ def test_every_row_is_a_recipe_of_its_own():
     assert table["split"].tolist() == [split_of(id) for id in table.index]
     assert table[list(NAMES)].min().min() >= 0
     assert table[list(NAMES)].max().max() <= 1
+
+
+def test_noise_never_repeats_in_a_large_cohort():
+    drawn = {name: np.full(200_000, 0.5) for name in NAMES}
+    seeds = recipes(drawn, stem="x", seed=1)["seed"].to_numpy()
+    plain = np.random.Philox(key=np.array([1, 0x5EED], np.uint64)).random_raw(200_000) >> 1
+    assert len(np.unique(plain.astype(np.uint32))) < 200_000  # some would
+    assert len(np.unique(seeds.astype(np.uint32))) == 200_000
+    assert (seeds != plain).mean() < 1e-4
 
 
 @pytest.mark.parametrize(
