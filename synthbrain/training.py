@@ -6,6 +6,7 @@ Data are cohorts and folders; the trainers themselves are in :mod:`generation.tr
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from generation.train.world import World
 from synthbrain.dataset import SynthBrainDataset
 from synthbrain.errors import TrainingError, UsageError
 from synthbrain.generators import find_weights
+from synthbrain.keys import volume_keys
 from synthbrain.named import opener
 from synthbrain.progress import track
 
@@ -45,12 +47,21 @@ class Volumes:
     def __init__(self, dataset: SynthBrainDataset, shape: tuple[int, int, int]) -> None:
         self.dataset, self.shape = dataset, shape
         table = dataset.table
-        self.names: list[str] = table.index.tolist()
         self._conditions = torch.tensor(table[list(NAMES)].to_numpy(dtype="float32"))
         self._conditional = dataset.manifest.header.conditional
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.dataset)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """What volumes are called where something of them is kept: ids, and what tells contents."""
+        ids, keys = self.dataset.table.index, volume_keys(self.dataset)
+        told = (f"{key} {self.shape}".encode() for key in keys)
+        return [
+            f"{id}-{hashlib.sha256(facts).hexdigest()[:16]}"
+            for id, facts in zip(ids, told, strict=True)
+        ]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``image`` ``(1, x, y, z)`` in [0, 1]; ``condition`` ``(4,)``, of a conditional cohort."""

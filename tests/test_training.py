@@ -12,9 +12,10 @@ from generation.errors import TrainingError
 from generation.presets import Preset
 from generation.train.latents import Latents, encode, fingerprint
 from generation.train.settings import read_settings
+from synthbrain import SynthBrainDataset
 from synthbrain.errors import UsageError, WeightsError
 from synthbrain.testing import TinyGenerator, tiny_manifest
-from synthbrain.training import Training, advance, fitted, open_encoder, open_volumes
+from synthbrain.training import Training, Volumes, advance, fitted, open_encoder, open_volumes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,6 +165,16 @@ def test_a_latent_is_mean_and_spread_of_the_encoder(training, tmp_path):
     (tmp_path / "latents" / f"{names[1]}.safetensors").write_bytes(b"half")
     with pytest.raises(TrainingError, match="delete it and run again"):
         Latents(tmp_path / "latents", names)[1]
+
+
+def test_latents_of_other_volumes_are_not_taken_for_these(tmp_path):
+    kept = []
+    for seed in (0, 1):
+        dataset = SynthBrainDataset(
+            tiny_manifest(2, seed=seed), generator=TinyGenerator(), store=tmp_path
+        )
+        kept += [Volumes(dataset, SHAPE).names, Volumes(dataset, (8, 8, 8)).names]
+    assert len({name for names in kept for name in names}) == 8
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_latent(tmp_path):

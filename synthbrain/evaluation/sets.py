@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from generation.covariates import NAMES
 from synthbrain.dataset import SynthBrainDataset
-from synthbrain.rows import PUBLISHED
+from synthbrain.keys import volume_keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,24 +79,8 @@ class VolumeSet:
 
     @cached_property
     def keys(self) -> list[str]:
-        """What stands for each volume's voxels, the same wherever its row is met again.
-
-        A recipe's are those of the generator, the covariates and the seed; a published volume's
-        those of its manifest and its id, and, where the manifest tells nothing of contents, of its
-        file: a scan that was prepared anew is another one.
-        """
-        header, resolver = self.dataset.manifest.header, self.dataset.resolver
-        found = []
-        rows = zip(self._rows, self.ids, self.table.to_dict("records"), strict=True)
-        for index, id, row in rows:
-            if row["origin"] != PUBLISHED:
-                facts = [self.made_by, *(float(row[name]).hex() for name in NAMES), row["seed"]]
-            else:
-                facts = [header.name, header.rows_digest, id]
-                facts += [header.content_digest or _file(resolver.path(index))]
-            text = "\n".join(map(str, facts))
-            found.append(hashlib.sha256(text.encode()).hexdigest())
-        return found
+        """As :func:`synthbrain.keys.volume_keys`."""
+        return volume_keys(self.dataset, self._rows)
 
     @property
     def identity(self) -> str:
@@ -137,8 +119,3 @@ class VolumeSet:
             "rows_digest": header.rows_digest,
             "identity": self.identity,
         }
-
-
-def _file(path: Path) -> str:
-    """A volume's file and its time; empty where there is none yet."""
-    return f"{path} {path.stat().st_mtime_ns}" if path.exists() else ""

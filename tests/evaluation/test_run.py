@@ -10,7 +10,6 @@ import sys
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 from readable import SHAPE, Means, Readable, Reader
 
@@ -313,22 +312,6 @@ def test_the_same_recipe_has_the_same_key_in_any_cohort(volumes):
     assert part.keys == [whole.keys[3], whole.keys[5]]
     assert volumes(12, sigma=0.2).keys[3] != whole.keys[3]
     assert len(set(whole.keys)) == 12
-
-
-def test_a_scan_prepared_anew_is_another_volume(tmp_path):
-    tiny = tiny_manifest(2)
-    header, none = tiny.header, pd.array([pd.NA] * 2, dtype="Int64")
-    rows = tiny.table.assign(origin="published", seed=none)
-    ds = SynthBrainDataset(Manifest.create(header, rows), generator=None, store=tmp_path)
-    store = ds.resolver.published
-    for position in (0, 1):
-        store.write(position, np.full(header.geometry.shape, 7, np.uint8))
-    before = VolumeSet("scans", ds).keys
-    store.path(1).unlink()
-    store.write(1, np.full(header.geometry.shape, 8, np.uint8))
-    after = VolumeSet("scans", ds).keys
-    assert before[0] == after[0]
-    assert before[1] != after[1]
 
 
 def test_halves_share_nothing_and_leave_nothing(volumes):
