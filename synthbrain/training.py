@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from generation.covariates import NAMES
 from generation.train.latents import Latents, encode, fingerprint
@@ -270,12 +271,14 @@ class Training:
             if volumes is None:
                 kept.append(None)
                 continue
-            if world.rank == 0:
-                done = encode(volumes, volumes.names, encoder.network, folder, world.device)
-                steps = track(done, total=len(volumes), what="encoding", show=progress)
-                for _ in steps:
-                    pass
-            world.barrier()
+            # Its own share, then what others have not done yet: none waits long for another.
+            order = sorted(range(len(volumes)), key=lambda i: (i - world.rank) % world.size > 0)
+            names = [volumes.names[index] for index in order]
+            share: Data = Subset(volumes, order)  # type: ignore[arg-type, assignment]
+            done = encode(share, names, encoder.network, folder, world.device)
+            show = progress and world.rank == 0
+            for _ in track(done, total=len(volumes), what="encoding", show=show):
+                pass
             kept.append(Latents(folder, volumes.names))
         from generation.train.diffusion import DiffusionTask
 

@@ -149,6 +149,18 @@ def test_latents_of_another_autoencoder_are_not_mixed_in(training, tmp_path):
         elsewhere.start(progress=False)
 
 
+def test_two_processes_encode_what_one_does(training, tmp_path):
+    list(advance(training("autoencoder", "ae", changes={"crop": None}).start(progress=False)))
+    options = {"autoencoder": str(tmp_path / "ae")}
+    alone = training("diffusion", "alone", **options).start(progress=False)
+    together = training("diffusion", "together", **options)
+    trainers.both(lambda: together.start(progress=False))
+    kept = Latents(tmp_path / "together" / "latents", alone.data.names)
+    assert len(kept) == len(alone.data) > 2
+    for index, latent in enumerate(kept):
+        assert torch.equal(latent["mean"], alone.data[index]["mean"])
+
+
 def test_a_latent_is_mean_and_spread_of_the_encoder(training, tmp_path):
     run = training("autoencoder", "ae", changes={"crop": None}).start(progress=False)
     list(advance(run))

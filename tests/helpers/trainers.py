@@ -164,14 +164,34 @@ def in_process(kind, folder, **environment):
 
 def by_two(kind, folder):
     """Train with two processes, as torchrun would start them."""
+    started = [in_process(kind, folder, **environment)[0] for environment in _two()]
+    _join(started)
+
+
+def both(work):
+    """Call something in two processes, as torchrun would start them."""
+
+    def one(environment):
+        os.environ.update(environment)
+        work()
+        torch.distributed.destroy_process_group()
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=one, args=(environment,)) for environment in _two()]
+    for process in started:
+        process.start()
+    _join(started)
+
+
+def _two():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [
-        in_process(kind, folder, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(2)
-    ]
-    for process, _ in started:
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(2)]
+
+
+def _join(processes):
+    for process in processes:
         process.join(timeout=120)
-    assert [process.exitcode for process, _ in started] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
