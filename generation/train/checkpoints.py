@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from generation.errors import TrainingError
 
 _NAME = re.compile(r"step-(\d{9})\.pt")
+
+_STALE_SECONDS = 3600.0
+"""Nobody takes so long to write a checkpoint: what is older was left by a run that was killed."""
 
 
 def write(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
@@ -44,6 +48,9 @@ def write(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
         scratch.unlink(missing_ok=True)
     for old in steps(folder)[:-keep]:
         (folder / f"step-{old:09d}.pt").unlink(missing_ok=True)
+    for left in folder.glob("step-*.partial"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            left.unlink(missing_ok=True)
     return path
 
 

@@ -1,6 +1,7 @@
 """What all trainers share: the loop, checkpoints, randomness; run with every kind of task."""
 
 import json
+import os
 import random
 import resource
 import signal
@@ -102,6 +103,15 @@ def test_checkpoints_are_few_and_whole(tmp_path):
     (tmp_path / "step-000000006.pt").unlink()
     again, _ = trained("diffusion", tmp_path, keep=2)
     assert difference(run, again) == 0
+
+
+def test_what_a_killed_run_left_half_written_is_taken_away(tmp_path):
+    old, new = (tmp_path / f"step-{step:09d}.1.partial" for step in (1, 2))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    checkpoints.write(tmp_path, 3, {"a": torch.zeros(8)}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [new.name, "step-000000003.pt"]
 
 
 def test_a_full_disk_is_told_and_leaves_the_checkpoints_before(tmp_path):
