@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from synthbrain.epochs import Epoch
 from synthbrain.errors import GeneratorError, UsageError
 from synthbrain.generators import identity, load_generator
 from synthbrain.home import home
+from synthbrain.loader import ConvertingLoader, has_order
 from synthbrain.making import NOUNS, Representation
 from synthbrain.manifest import Manifest, Range
 from synthbrain.plan import Plan
@@ -360,14 +361,17 @@ where, ids, limit, extrapolate
             ``shuffle`` the epoch goes up by one each time it is iterated to its end;
             :meth:`set_epoch` chooses another.
         """
-        needs_floats = self.transform is not None or options.get("collate_fn") is not None
+        if not has_order(options):
+            options["sampler"] = self.sampler(shuffle=bool(options.pop("shuffle", False)))
+        key, work = self.representation, (self.transform, options.get("collate_fn"))
+        needs_floats = any(each is not None for each in work)
         if needs_floats or self.meta_tensor or self.dtype != "float32":
-            return _ConvertingLoader(self, operator.methodcaller("to", device), **options)
+            return ConvertingLoader(self, key, operator.methodcaller("to", device), **options)
         stored = self.resolver.geometry.dtype
         cast: Callable[[torch.Tensor], torch.Tensor] = partial(as_float32, device=device)
         if stored == "uint8":
             cast = partial(as_float, device=device, scale=self.manifest.header.geometry.scale)
-        return _ConvertingLoader(_with_dtype(self, stored), cast, **options)
+        return ConvertingLoader(_with_dtype(self, stored), key, cast, **options)
 
     def _checked(self, index: int) -> int:
         size, index = len(self), operator.index(index)
@@ -422,33 +426,6 @@ where, ids, limit, extrapolate
         if start is not None:
             affine[:3, 3] += affine[:3, :3] @ start
         return MetaTensor(tensor, affine=torch.from_numpy(affine))
-
-
-class _ConvertingLoader(DataLoader[Any]):
-    """Converts ``image`` or ``latent`` of every batch after it has crossed from the workers."""
-
-    def __init__(
-        self,
-        dataset: SynthBrainDataset,
-        convert: Callable[[torch.Tensor], torch.Tensor],
-        **options: Any,
-    ) -> None:
-        if not has_order(options):
-            options["sampler"] = dataset.sampler(shuffle=bool(options.pop("shuffle", False)))
-        super().__init__(dataset, **options)
-        self._convert, self._key = convert, dataset.representation
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, Mapping) and torch.is_tensor(batch.get(self._key)):
-                yield {**batch, self._key: self._convert(batch[self._key])}
-            else:
-                yield batch
-
-
-def has_order(options: Mapping[str, Any]) -> bool:
-    """Whether options of a DataLoader say in which order rows come; None says nothing."""
-    return any(options.get(name) is not None for name in ("sampler", "batch_sampler"))
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthbrain.cache import Cache
-from synthbrain.dataset import SynthBrainDataset, has_order
+from synthbrain.dataset import SynthBrainDataset
 from synthbrain.errors import UsageError
 from synthbrain.home import home
+from synthbrain.loader import has_order
 from synthbrain.manifest import Manifest
 from synthbrain.rows import PUBLISHED
 from synthbrain.sizes import byte_count
