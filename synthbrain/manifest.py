@@ -300,12 +300,7 @@ class Manifest:
         """
         self.require_rows()
         folder = Path(path).absolute() if path is not None else home() / "cohorts" / self.name
-        name = check_name(folder.name)
-        folder = folder.resolve()  # what a link leads to is replaced, not the link
-        replaceable = overwrite and (folder / "manifest.json").exists()
-        occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-        if occupied and not replaceable:
-            raise UsageError(f"{folder} already exists; choose another folder or overwrite it")
+        name, folder = folder.name, check_folder(folder, overwrite=overwrite)
         # A root's name is part of its store's path, so renaming one would lose its volumes.
         header = self.header.model_copy(update={"name": name} if self.header.parent else {})
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -385,6 +380,23 @@ class Manifest:
             f"none of the {len(self):,} rows of {self.name} has {' and '.join(conditions)}; "
             f"it spans {spans}. Widen the conditions, or draw such brains with draw_cohort()"
         )
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> Path:
+    """Where a manifest can be saved: the folder, or what it leads to if it is a link.
+
+    Raises
+    ------
+    UsageError
+        Its name cannot name a manifest, or there is something else.
+    """
+    check_name(folder.name)
+    folder = folder.resolve()
+    replaceable = overwrite and (folder / "manifest.json").exists()
+    occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if occupied and not replaceable:
+        raise UsageError(f"{folder} already exists; choose another folder or overwrite it")
+    return folder
 
 
 def check_name(name: str) -> str:

@@ -166,9 +166,11 @@ def _pull_rows(
     dry_run: bool,
     overwrite: bool,
 ) -> None:
-    from synthbrain.manifest import Manifest
+    from synthbrain.manifest import Manifest, check_folder
     from synthbrain.pull import Pull
 
+    if save is not None:
+        check_folder(_cohorts() / save, overwrite=overwrite)
     manifest = Manifest.open(name)
     job = Pull.of(manifest, options, store=store, table=participants, **selection.keywords())
     try:

@@ -9,6 +9,7 @@ import typer
 
 from synthbrain.cli.console import examples, say, show_json, show_table
 from synthbrain.cli.options import Json
+from synthbrain.errors import UsageError
 
 
 def serve_samples(
@@ -51,6 +52,8 @@ def serve_samples(
         else:
             show_table(("", ""), [(name, str(value)) for name, value in found.items()])
         return
+    if json:
+        raise UsageError("--json goes with --status")
     try:
         sampling.serve(
             generator, device=device, batch=batch, idle=idle, memory=memory,

@@ -90,6 +90,8 @@ def train(
     if dry_run:
         _describe(settings, as_json=json)
         return
+    if json:
+        raise UsageError("--json shows the settings that --dry-run would; a run logs to log.jsonl")
     from synthbrain.training import Training
 
     training = Training(

@@ -57,6 +57,11 @@ def test_what_came_first_can_be_saved_as_a_cohort(run, released, home):
     run(*line[:-1], "more", "--limit", "7")
     run(*line[:-1], "two", "--limit", "2")
     assert (len(Manifest.open("more")), len(Manifest.open("two"))) == (7, 2)
+    for name, why in (("two", "already exists"), ("Too Many", "cannot name a manifest")):
+        refused = run(*line[:-1], name, "--limit", "30")
+        assert refused.exit_code == 2
+        assert why in refused.stderr
+        assert "to fetch" not in refused.stderr
 
 
 def next_line(result):

@@ -14,6 +14,7 @@ COMMAND = "from synthbrain.cli import app; app()"
     [
         (("phantom", "--memory", "3"), "memory must be a share in (0, 1], found 3.0"),
         (("phantom", "--status"), "no sampling service"),
+        (("phantom", "--json"), "--json goes with --status"),
         (("nobody",), "nobody"),
     ],
 )

@@ -60,6 +60,7 @@ def test_a_dry_run_shows_the_settings_and_writes_nothing(run, tmp_path):
         (["diffusion", "--preset", "medforj"], "trains 'pixel', not 'diffusion'"),
         (["pixel", "--preset", "absent.json"], "cannot read settings from absent.json"),
         (["pixel"], "no manifest 'absent'"),
+        (["pixel", "--json"], "that --dry-run would"),
     ],
 )
 def test_mistakes_are_one_line(run, line, says):
