@@ -85,12 +85,12 @@ def test_validation_and_sheets_change_nothing_and_can_be_looked_at(tmp_path, kin
     from PIL import Image
 
     plain, _ = trained(kind, tmp_path / "a", until=4)
-    told, lines = trained(kind, tmp_path / "b", until=4, validate_every=2, sheet_every=2)
+    told, lines = trained(kind, tmp_path / "b", until=4, validate_every=2, sheet_every=4)
     assert difference(plain, told) == 0
     checks = [line for line in lines if any(name.startswith("validation/") for name in line)]
     assert [line["step"] for line in checks] == [0, 2, 4]
     sheets = sorted((tmp_path / "b" / "sheets").iterdir())
-    assert [path.name for path in sheets] == [f"step-{step:09d}.png" for step in (0, 2, 4)]
+    assert [path.name for path in sheets] == [f"step-{step:09d}.png" for step in (0, 4)]
     assert Image.open(sheets[0]).getextrema()[1] > 200
 
 
