@@ -58,7 +58,8 @@ def serve(
         Share of its GPU's memory that it may use, in (0, 1]; all of it by default. Of no effect on
         the CPU.
     ready
-        Called once the generator is loaded.
+        Called once the generator is loaded. With it, one that cannot be loaded ends the service at
+        once; without, it stays a while to tell the client that started it.
 
     Raises
     ------
@@ -109,7 +110,8 @@ class Service:
             with self._listening() as listener:
                 making.start()
                 threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-                while not self._ended():
+                is_awaited = ready is not None
+                while not (self._ended() or (is_awaited and self.maker.failure is not None)):
                     time.sleep(_LOOK_SECONDS)
                     if ready is not None and self.maker.facts is not None:
                         ready()
